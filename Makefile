@@ -1,0 +1,47 @@
+# Two commands need nothing before them: `make demo` and `make test`. Each makes .venv when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
+
+.PHONY: demo test lint docs bench clean
+
+demo: $(VENV)/lab
+	$(BIN)/gradreg demo $(ARGS)
+
+test: $(VENV)/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/mkdocs build --strict -q
+	$(BIN)/pytest -n 2 $(ARGS)
+
+lint: $(VENV)/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/pyright
+
+docs: $(VENV)/dev
+	$(BIN)/mkdocs build --strict
+
+# pytorch_optimizer is the peer we are timed against; only the bench needs it.
+bench: $(VENV)/dev
+	$(PIP) pytorch_optimizer
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+# torch first and pinned: a range would bring the CUDA build and several gigabytes.
+$(VENV)/torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	touch $@
+
+$(VENV)/lab: $(VENV)/torch pyproject.toml
+	$(PIP) -e '.[lab]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/lab
+	$(PIP) -e '.[lab,docs,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) site results .pytest_cache .ruff_cache

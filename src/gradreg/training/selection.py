@@ -1,0 +1,131 @@
+"""The selection: which parameters are displaced and penalized.
+
+Names are those of `model.named_parameters()`, with and without what wrappers put in front (`module.` of DDP, `_orig_mod.` of
+torch.compile, FSDP and checkpoint wrappers), so a pattern written for the bare model matches the wrapped one. A
+tied parameter has several names; any of them selects or excludes it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+Predicate = Callable[[str, nn.Parameter], bool]
+Rule = str | type[nn.Module] | Predicate
+Rules = Rule | Iterable[Rule]
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def bare_name(name: str) -> str:
+    """The name without wrapper prefixes.
+
+    Example:
+        >>> bare_name("module._orig_mod.blocks.0.weight")
+        'blocks.0.weight'
+    """
+    return _WRAPPERS.sub("", name)
+
+
+def _as_rules(argument: str, rules: Rules) -> tuple[Rule, ...]:
+    if isinstance(rules, str) or callable(rules):
+        rules = (rules,)
+    rules = tuple(rules)
+    for rule in rules:
+        if not isinstance(rule, str) and not callable(rule):
+            raise TypeError(
+                f"{argument} takes shell-style patterns, module types or predicates (name, parameter) -> bool, "
+                f"got {rule!r}."
+            )
+    return rules
+
+
+def _fingerprint(model: nn.Module) -> list[tuple[int, bool]]:
+    return [(id(p), p.requires_grad) for p in model.parameters()]
+
+
+class Selection:
+    """The parameters of a model that the rules pick, by name; printing it shows what matched.
+
+    Args:
+        model: the model, wrapped or not.
+        include: patterns, module types or predicates; None takes every parameter.
+        exclude: the same; what it matches is taken away from what `include` matched.
+
+    Raises:
+        ValueError: a rule that matches nothing, or rules that leave nothing.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
+        >>> print(Selection(model, include=None, exclude=nn.LayerNorm))
+        2 of 4 parameters selected (9 of 15 numbers)
+          0.weight  (3, 2)
+          0.bias    (3,)
+    """
+
+    def __init__(self, model: nn.Module, include: Rules | None = None, exclude: Rules = ()) -> None:
+        self._include = None if include is None else _as_rules("include", include)
+        self._exclude = _as_rules("exclude", exclude)
+        self._read(model)
+
+    def _read(self, model: nn.Module) -> None:
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(parameter, []).append(name)
+        everything = set(names)
+        chosen = everything if self._include is None else self._match("include", self._include, model, names)
+        chosen = chosen - self._match("exclude", self._exclude, model, names)
+        self._seen = _fingerprint(model)
+        self._all = list(names)
+        self.named = {bare_name(names[p][0]): p for p in names if p in chosen and p.requires_grad}
+        self.others = [p for p in names if p not in chosen or not p.requires_grad]
+        if not self.named:
+            raise ValueError(
+                "include and exclude leave no trainable parameter to penalize, out of "
+                f"{len(names)} in {type(model).__name__}; loosen them, or unfreeze a parameter."
+            )
+
+    @staticmethod
+    def _match(
+        argument: str, rules: tuple[Rule, ...], model: nn.Module, names: dict[nn.Parameter, list[str]]
+    ) -> set[nn.Parameter]:
+        chosen: set[nn.Parameter] = set()
+        for rule in rules:
+            if isinstance(rule, str):
+                found = {
+                    p
+                    for p, aliases in names.items()
+                    if any(fnmatchcase(n, rule) or fnmatchcase(bare_name(n), rule) for n in aliases)
+                }
+            elif isinstance(rule, type):
+                found = {p for m in model.modules() if isinstance(m, rule) for p in m.parameters()}
+            else:
+                found = {p for p, aliases in names.items() if any(rule(bare_name(n), p) for n in aliases)}
+            if not found:
+                example = ", ".join(bare_name(aliases[0]) for aliases in list(names.values())[:3])
+                raise ValueError(
+                    f"{argument}: {rule!r} matches no parameter of {type(model).__name__}; "
+                    f"its names look like {example}."
+                )
+            chosen |= found
+        return chosen
+
+    def follow(self, model: nn.Module) -> None:
+        """Read the model again where its parameters are other objects now, or were frozen or thawed."""
+        if _fingerprint(model) != self._seen:
+            self._read(model)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The selected parameters, in the model's order."""
+        return list(self.named.values())
+
+    def __str__(self) -> str:
+        numbers = sum(p.numel() for p in self.named.values())
+        total = sum(p.numel() for p in self._all)
+        width = max(map(len, self.named))
+        head = f"{len(self.named)} of {len(self._all)} parameters selected ({numbers} of {total} numbers)"
+        return "\n".join([head, *(f"  {n:<{width}}  {tuple(p.shape)}" for n, p in self.named.items())])
