@@ -106,9 +106,7 @@ def gpt(device: torch.device, depth: int = 4, width: int = 256, batch: int = 16)
     """A character-sized GPT on random tokens: vocabulary 256, 64 positions, 4 heads."""
     model = GPT(vocab=256, width=width, depth=depth, heads=4, length=64).to(device)
     ids = torch.randint(256, (batch, 65), device=device)
-    return Problem(
-        model, lambda: F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-    )
+    return Problem(model, lambda: F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()))
 
 
 PROBLEMS = {"MLP-10": mlp, "ResNet-18": resnet18, "GPT": gpt}

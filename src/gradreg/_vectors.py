@@ -15,47 +15,69 @@ from torch import Tensor
 Vectors = Sequence[Tensor]
 
 
-def _reals(tensors: Vectors) -> list[Tensor]:
-    """Views of the numbers to sum over: stored values if sparse, (real, imaginary) pairs if complex."""
-    dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
-    return [torch.view_as_real(t) if t.is_complex() else t for t in dense]
+def _reals(t: Tensor) -> Tensor:
+    """The numbers to sum over: stored values if sparse, (real, imaginary) pairs if complex."""
+    dense = t.coalesce().values() if t.is_sparse else t
+    return torch.view_as_real(dense) if dense.is_complex() else dense
 
 
-def _accumulator(tensors: Vectors) -> torch.dtype:
-    return torch.float64 if any(t.dtype in (torch.float64, torch.complex128) for t in tensors) else torch.float32
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to form differences and sums in: float32 for anything narrower.
+
+    Example:
+        >>> wide(torch.bfloat16), wide(torch.float64)
+        (torch.float32, torch.float64)
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def is_low_precision(tensors: Vectors) -> bool:
+    """Whether any of the tensors holds fewer digits than float32."""
+    return any(t.dtype.itemsize < 4 for t in tensors)
+
+
+def is_traced(t: Tensor) -> bool:
+    return torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+def is_readable(t: Tensor) -> bool:
+    """Whether the host can read a tensor without waiting for an accelerator."""
+    return t.device.type == "cpu"
+
+
+def squared(t: Tensor) -> Tensor:
+    """‖t‖² of one tensor; on the host a dot product, the fastest reduction that needs no memory."""
+    t = _reals(t)
+    if t.device.type == "cpu" and t.dtype.itemsize >= 4 and not is_traced(t) and t.is_contiguous():
+        flat = t.view(-1)
+        return torch.dot(flat, flat)
+    return torch.linalg.vector_norm(t, dtype=wide(t.dtype)).square()
+
+
+def total(parts: Vectors) -> Tensor:
+    """The sum of 0-dim tensors, on the device of the first and in the widest dtype."""
+    dtype = max((part.dtype for part in parts), key=lambda d: d.itemsize)
+    return torch.stack([part.to(parts[0].device, dtype) for part in parts]).sum()
 
 
 def norm(tensors: Vectors) -> Tensor:
     """‖x‖ over all tensors together."""
-    dtype = _accumulator(tensors)
-    reals = _reals(tensors)
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in reals):  # vmap has no rule for foreach
-        parts = [torch.linalg.vector_norm(t, dtype=dtype) for t in reals]
-    else:
-        parts = list(torch._foreach_norm(reals, 2, dtype))
-    return torch.linalg.vector_norm(torch.stack([part.to(parts[0].device) for part in parts]))
+    reals = [_reals(t) for t in tensors]
+    alike = len({(t.device, t.dtype) for t in reals}) == 1
+    if alike and reals[0].device.type != "cpu" and not any(map(is_traced, reals)):
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(reals, 2, wide(reals[0].dtype))))
+    return total([squared(t) for t in reals]).sqrt()
 
 
 def dot(xs: Vectors, ys: Vectors) -> Tensor:
     """⟨x, y⟩ over all tensors together."""
-    dtype = _accumulator(xs)
-    pairs = zip(_reals(xs), _reals(ys))
-    parts = [torch.dot(x.flatten().to(dtype), y.flatten().to(dtype)) for x, y in pairs]
-    return torch.stack([part.to(parts[0].device) for part in parts]).sum()
+    pairs = [(_reals(x), _reals(y)) for x, y in zip(xs, ys)]
+    return total([torch.dot(x.flatten().to(wide(x.dtype)), y.flatten().to(wide(y.dtype))) for x, y in pairs])
 
 
 def safe_reciprocal(x: Tensor) -> Tensor:
     """1/x, and 0 where x is 0."""
     return torch.where(x == 0, 0.0, 1 / x)
-
-
-def scale_(tensors: Vectors, factor: float | Tensor) -> None:
-    """x ← factor · x, in place; a 0-dim tensor may stand on another device than x."""
-    if isinstance(factor, Tensor) and any(t.device != factor.device for t in tensors):
-        for t in tensors:
-            t.mul_(factor.to(t.device, non_blocking=True))
-    else:
-        torch._foreach_mul_(list(tensors), factor)
 
 
 def add_scaled(xs: Vectors, step: Tensor, ys: Vectors, out: Vectors) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradreg import _vectors as vectors
+from gradreg.training.combination import Measured
 
 
 class Realized(NamedTuple):
@@ -19,40 +20,45 @@ class Realized(NamedTuple):
     norm: Tensor  # ‖applied‖ / ‖intended‖
 
 
+_UNKNOWN = torch.tensor(float("nan"))
+
+
 class Diagnostics:
-    """Counters of every step, and measurements of the last measured one."""
+    """Counters of all steps, and measurements of the last step with γ > 0."""
 
     def __init__(self) -> None:
-        self.active_steps: Tensor | int = 0
-        self.skipped_steps: Tensor | int = 0
-        self._values = {name: torch.tensor(float("nan")) for name in ("grad_norm", "penalty_ratio", "cosine")}
-        self._realized = Realized(torch.tensor(float("nan")), torch.tensor(float("nan")))
-        self.wanted = True  # someone read since the last measurement, or nobody has measured yet
+        self._active: Tensor | int = 0
+        self._skipped: Tensor | int = 0
+        self._measured: Measured | None = None
+        self._grad_norm = _UNKNOWN
+        self._realized = Realized(_UNKNOWN, _UNKNOWN)
+        self._low_precision = False
         self._warned = False
+        self.wants_realized = True  # nobody has measured since the user last read
 
-    def count(self, finite: Tensor) -> None:
-        self.active_steps = self.active_steps + finite.long()
-        self.skipped_steps = self.skipped_steps + (~finite).long()
+    def count(self, was_active: Tensor) -> None:
+        self._active = self._active + was_active.long()
+        self._skipped = self._skipped + (~was_active).long()
 
-    def record(self, **values: Tensor) -> None:
-        self._values.update(values)
-        self.wanted = False
+    def record(self, grad_norm: Tensor, measured: Measured | None) -> None:
+        """Keep the measurements of a step; None where the second pass did not run, so that ĝ = g1."""
+        self._grad_norm, self._measured = grad_norm, measured
 
     def record_realized(
         self, applied: Sequence[Tensor], step: Tensor, direction: Sequence[Tensor], low_precision: bool
     ) -> None:
-        length = vectors.norm(direction)
-        size = vectors.norm(applied)
-        intended = step.abs() * length
+        length, size = vectors.norm(direction), vectors.norm(applied)
         cosine = vectors.dot(applied, direction) * vectors.safe_reciprocal(size * length) * step.sign()
-        self._realized = Realized(cosine, size * vectors.safe_reciprocal(intended))
-        if low_precision and size.device.type == "cpu":
-            self.warn_if_lost()
+        self._realized = Realized(cosine, size * vectors.safe_reciprocal(step.abs() * length))
+        self._low_precision = low_precision
+        self.wants_realized = False
+        if vectors.is_readable(size):
+            self._warn_if_lost()
 
-    def warn_if_lost(self) -> None:
+    def _warn_if_lost(self) -> None:
         """Warn once when rounding kept less than half of the intended displacement. Reads the measurement."""
         kept = float(self._realized.cosine * self._realized.norm)
-        if not self._warned and kept < 0.5:
+        if self._low_precision and not self._warned and kept < 0.5:
             self._warned = True
             warnings.warn(
                 f"Rounding realized only {kept:.0%} of the displacement εd, since the weights are stored in low precision: "
@@ -63,16 +69,22 @@ class Diagnostics:
             )
 
     def read(self) -> dict[str, Tensor | Realized]:
-        self.wanted = True
+        self.wants_realized = True
+        self._warn_if_lost()
+        ratio, cosine = _UNKNOWN, _UNKNOWN
+        if self._measured is not None:
+            ratio, cosine = self._measured.penalty_ratio(), self._measured.cosine()
         return {
-            **self._values,
+            "grad_norm": self._grad_norm,
+            "penalty_ratio": ratio,
+            "cosine": cosine,
             "realized": self._realized,
-            "active_steps": torch.as_tensor(self.active_steps),
-            "skipped_steps": torch.as_tensor(self.skipped_steps),
+            "active_steps": torch.as_tensor(self._active),
+            "skipped_steps": torch.as_tensor(self._skipped),
         }
 
     def state_dict(self) -> dict[str, int]:
-        return {"active_steps": int(self.active_steps), "skipped_steps": int(self.skipped_steps)}
+        return {"active_steps": int(self._active), "skipped_steps": int(self._skipped)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.active_steps, self.skipped_steps = state["active_steps"], state["skipped_steps"]
+        self._active, self._skipped = state["active_steps"], state["skipped_steps"]

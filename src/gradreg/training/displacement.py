@@ -101,7 +101,11 @@ class Displacement:
 
     def _make_room(self, parameters: Sequence[nn.Parameter]) -> None:
         same = len(parameters) == len(self._parameters) and all(
-            p is q and p.shape == c.shape and p.dtype == c.dtype and p.device == c.device and p.stride() == c.stride()
+            p is q
+            and p.shape == c.shape
+            and p.dtype == c.dtype
+            and p.device == c.device
+            and p.stride() == c.stride()
             for p, q, c in zip(parameters, self._parameters, self._copies)
         )
         if not same:

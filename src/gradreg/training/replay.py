@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import sys
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -58,17 +57,21 @@ class Buffers:
                 if buffer is not None:
                     seen[id(buffer)] = buffer
         self._tensors = list(seen.values())
-        with torch.no_grad():
-            self._values = [t.clone() for t in self._tensors]
+        self._values = [torch.empty_like(t) for t in self._tensors]
+        _copy(self._values, self._tensors)
 
-    @torch.no_grad()
     def restore(self) -> None:
         """In place; a buffer that was replaced by another tensor becomes the old tensor again."""
         for owner, name, buffer in self._places:
-            if owner[name] is not buffer:
+            if owner.get(name) is not buffer:
                 owner[name] = buffer
-        for tensor, value in zip(self._tensors, self._values):
-            tensor.copy_(value)
+        _copy(self._tensors, self._values)
+
+
+@torch.no_grad()
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)
 
 
 class Moment:
@@ -81,75 +84,3 @@ class Moment:
     def restore(self) -> None:
         self._random.restore()
         self._buffers.restore()
-
-
-class ForwardRecorder:
-    """A forward pre-hook that remembers the moments a later second pass must start from.
-
-    The caller of `perturbed()` runs the first pass before we are asked, so each of its forward passes is recorded; the
-    second pass then starts its k-th forward from the k-th record. A window begins with the first forward that finds no
-    gradient (after `zero_grad()`), and ends when the block closes. Evaluation under `no_grad` is not recorded.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        for key, hook in list(model._forward_pre_hooks.items()):
-            if isinstance(hook, ForwardRecorder) and hook.is_blank:  # came with a copy of another model
-                del model._forward_pre_hooks[key]
-        self._watched: list[nn.Parameter] | None = list(model.parameters())
-        self._moments: list[Moment] = []
-        self._replaying: int | None = None
-        self.suspended = False
-        model.register_forward_pre_hook(self)
-
-    # A copied or unpickled model takes no recorder along: the copy belongs to no regularizer.
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_blank_recorder, ())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardRecorder:
-        del memo
-        return _blank_recorder()
-
-    def __copy__(self) -> ForwardRecorder:
-        return _blank_recorder()
-
-    @property
-    def is_blank(self) -> bool:
-        return self._watched is None
-
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        del args
-        if self._watched is None or self.suspended or not torch.is_grad_enabled():
-            return
-        if self._replaying is not None:
-            if self._replaying < len(self._moments):
-                self._moments[self._replaying].restore()
-            self._replaying += 1
-            return
-        if all(p.grad is None for p in self._watched):
-            self._moments.clear()
-        self._moments.append(Moment(module))
-
-    def begin_replay(self) -> None:
-        self._replaying = 0
-
-    def end_replay(self) -> None:
-        """Forget the window; say so if the second pass was not a replay of the first."""
-        replayed, recorded = self._replaying or 0, len(self._moments)
-        self._replaying = None
-        self._moments.clear()
-        if replayed != recorded:
-            warnings.warn(
-                f"perturbed(): the first pass called the model {recorded} times and the second {replayed} times. Both "
-                "passes must see the same batches, in the same order; otherwise the penalty is that of another loss.",
-                UserWarning,
-                stacklevel=4,
-            )
-
-
-def _blank_recorder() -> ForwardRecorder:
-    recorder = object.__new__(ForwardRecorder)
-    recorder._watched, recorder._moments, recorder._replaying, recorder.suspended = None, [], None, True
-    return recorder
-
-

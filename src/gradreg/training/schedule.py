@@ -107,16 +107,21 @@ def check(name: str, schedule: Schedule) -> None:
         _check_value(name, schedule, "")
 
 
+_WAYS_OUT = {
+    "gamma": "γ = 0 trains without the penalty.",
+    "epsilon": 'For the backward difference pass scheme="backward"; for no penalty, gamma=0.',
+}
+
+
 def _check_value(name: str, value: float, when: str) -> float:
-    lowest = {"gamma": "≥ 0", "epsilon": "> 0"}[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a finite number {lowest} or a function of the step, got {value!r}{when}.")
+    lowest = "≥ 0" if name == "gamma" else "> 0"
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(
+            f"{name} must be a finite number {lowest} or a function of the step, got {value!r}{when}."
+        )
     number = float(value)
-    if not math.isfinite(number) or number < 0 or (number == 0 and name == "epsilon"):
-        way_out = {
-            "gamma": "γ = 0 trains without the penalty.",
-            "epsilon": 'For the backward difference pass scheme="backward"; for none, gamma=0.',
-        }[name]
+    if not math.isfinite(number) or number < 0 or (number == 0 and name != "gamma"):
+        way_out = _WAYS_OUT.get(name, "For no displacement train without the regularizer.")
         raise ValueError(f"{name} must be a finite number {lowest}, got {number}{when}. {way_out}")
     return number
 

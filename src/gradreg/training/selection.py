@@ -79,7 +79,7 @@ class Selection:
         chosen = everything if self._include is None else self._match("include", self._include, model, names)
         chosen = chosen - self._match("exclude", self._exclude, model, names)
         self._seen = _fingerprint(model)
-        self._all = list(names)
+        self.all = list(names)
         self.named = {bare_name(names[p][0]): p for p in names if p in chosen and p.requires_grad}
         self.others = [p for p in names if p not in chosen or not p.requires_grad]
         if not self.named:
@@ -125,7 +125,7 @@ class Selection:
 
     def __str__(self) -> str:
         numbers = sum(p.numel() for p in self.named.values())
-        total = sum(p.numel() for p in self._all)
+        total = sum(p.numel() for p in self.all)
         width = max(map(len, self.named))
-        head = f"{len(self.named)} of {len(self._all)} parameters selected ({numbers} of {total} numbers)"
+        head = f"{len(self.named)} of {len(self.all)} parameters selected ({numbers} of {total} numbers)"
         return "\n".join([head, *(f"  {n:<{width}}  {tuple(p.shape)}" for n, p in self.named.items())])

@@ -1,0 +1,200 @@
+r"""The combination: g1 waits aside while the displaced pass runs, and meets each g2 as it arrives.
+
+$$\hat g = g_1 + c \sum_k w_k (g_k - g_1), \qquad c = \gamma/\epsilon,$$
+
+with the stencil weights $w_k$ of the scheme ($w_1 = 1$ for `forward`). Every parameter is combined inside the backward pass,
+the moment its second gradient exists: it is still in the cache, its memory is given back at once (so that no second
+copy of the gradients is ever held), and it does not matter whether a closure calls `zero_grad()` first.
+
+A combination is *deferred* to the end of the pass where the whole of g2 must be known first: for a cap on the penalty,
+for the policy that falls back to g1, and where one pass holds several backward passes. That holds g2 beside g1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from gradreg import _vectors as vectors
+
+Gradients = Sequence[Tensor | None]
+
+
+@dataclass
+class Measured:
+    """Squared lengths in the units of `.grad`, one for each parameter as it arrives."""
+
+    first_norm: Tensor  # ‖g1‖
+    weight: float | Tensor  # ĝ = g1 + weight · difference
+    second: list[Tensor] = field(default_factory=list)  # ‖g2‖²; none for the exact scheme
+    distance: list[Tensor] = field(default_factory=list)  # ‖g2 − g1‖²
+    difference: list[Tensor] = field(default_factory=list)
+
+    def penalty_ratio(self) -> Tensor:
+        """‖ĝ − g1‖ / ‖g1‖."""
+        length = abs(self.weight) * vectors.total(self.difference).sqrt()
+        return length * vectors.safe_reciprocal(self.first_norm)
+
+    def cosine(self) -> Tensor:
+        """cos(g1, g2), from the three sides of the triangle that they span."""
+        if not self.second:
+            return torch.full_like(self.first_norm, torch.nan)
+        first, second = self.first_norm.square(), vectors.total(self.second)
+        product = (first + second - vectors.total(self.distance)) / 2
+        return product * vectors.safe_reciprocal((first * second).sqrt())
+
+    def is_finite(self) -> Tensor:
+        return vectors.total(self.difference).isfinite()
+
+
+def take_gradients(parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients, taken away from their parameters: nothing that runs meanwhile can write to them."""
+    taken = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    return taken
+
+
+def give_gradients(parameters: Sequence[Tensor], gradients: Gradients) -> None:
+    for p, g in zip(parameters, gradients):
+        p.grad = g
+
+
+class Combination:
+    """A context around the last displaced pass; on leaving, `.grad` holds ĝ.
+
+    Args:
+        parameters: the selected parameters.
+        first: their g1, already taken; written over.
+        earlier: gradients of earlier displaced passes, each with w_k / w_last.
+        measured: holds ‖g1‖ and the weight c · w_last; receives the rest.
+        deferred: combine after the pass instead of during it.
+        cap: the largest ‖ĝ − g1‖/‖g1‖, or None.
+        fall_back: leave g1 where the second gradient is not finite.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        first: Gradients,
+        earlier: Sequence[tuple[Gradients, float]],
+        measured: Measured,
+        *,
+        deferred: bool,
+        cap: float | None,
+        fall_back: bool,
+    ) -> None:
+        self._parameters = parameters
+        self._first = list(first)
+        self._earlier = earlier
+        self._measured = measured
+        self._together = cap is not None or fall_back
+        self._deferred = deferred or self._together
+        self._cap = cap
+        self._fall_back = fall_back
+        self._arrived = [False] * len(parameters)
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        if not self._deferred:
+            for i, p in enumerate(self._parameters):
+                self._hooks.append(p.register_hook(lambda g, i=i: self._arrive(i, g)))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del error, trace
+        for hook in self._hooks:
+            hook.remove()
+        if kind is not None:
+            return
+        with torch.no_grad():
+            if self._together:
+                differences = [self._difference(i, p.grad) for i, p in enumerate(self._parameters)]
+                add_penalty(
+                    self._parameters, self._first, differences, self._measured, self._cap, self._fall_back
+                )
+                return
+            for i, p in enumerate(self._parameters):
+                if not self._arrived[i]:
+                    p.grad = self._combine(i, p.grad)
+
+    @torch.no_grad()
+    def _arrive(self, i: int, second: Tensor) -> Tensor:
+        if self._arrived[i]:  # another backward of the same pass: ĝ is linear in g2
+            return second if self._measured.weight == 1 else second * self._measured.weight
+        self._arrived[i] = True
+        combined = self._combine(i, second)
+        assert combined is not None
+        return combined
+
+    def _combine(self, i: int, second: Tensor | None) -> Tensor | None:
+        """ĝ of one parameter; its g1 is used up. Dense float32 and a stencil of one node take no new memory."""
+        first, weight, measured = self._first[i], self._measured.weight, self._measured
+        usual = first is not None and second is not None and not self._earlier
+        if usual and not (first.is_sparse or second.is_sparse or vectors.is_low_precision([first])):
+            self._first[i] = None
+            measured.second.append(vectors.squared(second))
+            measured.distance.append(vectors.squared(first.sub_(second)))
+            measured.difference.append(measured.distance[-1])
+            return second if weight == 1 else torch.add(second, first, alpha=1 - weight, out=first)
+        difference = self._difference(i, second)
+        self._first[i] = None
+        if difference is None:
+            return first
+        measured.difference.append(vectors.squared(difference))
+        return second if usual and weight == 1 else _add(first, difference, weight)
+
+    def _difference(self, i: int, second: Tensor | None) -> Tensor | None:
+        """Σ (w_k / w_last) (g_k − g1), in float32 or wider; a gradient that is not there counts as zero."""
+        first = self._first[i]
+        terms = [(second, 1.0), *((gradients[i], relative) for gradients, relative in self._earlier)]
+        example = next((g for g in (first, *(g for g, _ in terms)) if g is not None), None)
+        if example is None:
+            return None
+        dtype = vectors.wide(example.dtype)
+        nothing = torch.zeros_like(example, dtype=dtype)
+        origin = nothing if first is None else first.to(dtype)
+        distances = [((nothing if g is None else g.to(dtype)) - origin) * relative for g, relative in terms]
+        self._measured.second.append(vectors.squared(nothing if second is None else second))
+        self._measured.distance.append(vectors.squared(distances[0]))
+        return distances[0] if len(distances) == 1 else sum(distances[1:], distances[0])
+
+
+def add_penalty(
+    parameters: Sequence[Tensor],
+    first: Gradients,
+    differences: Gradients,
+    measured: Measured,
+    cap: float | None,
+    fall_back: bool,
+) -> None:
+    """`.grad` ← g1 + weight · difference, with one weight for all: lowered to the cap, or 0 where not finite."""
+    measured.difference = [vectors.squared(d) for d in differences if d is not None] or [torch.zeros(())]
+    length = vectors.total(measured.difference).sqrt()
+    if cap is not None:
+        largest = cap * measured.first_norm.to(length) * vectors.safe_reciprocal(length)
+        weight = torch.full_like(length, measured.weight)
+        measured.weight = weight.sign() * torch.minimum(weight.abs(), largest)
+    for p, g, difference in zip(parameters, first, differences):
+        if difference is None:
+            p.grad = g
+            continue
+        combined = _add(g, difference, measured.weight)
+        if fall_back:
+            unchanged = torch.zeros_like(combined) if g is None else g
+            combined = torch.where(length.isfinite().to(combined.device), combined, unchanged)
+        p.grad = combined
+
+
+def _add(first: Tensor | None, difference: Tensor, weight: float | Tensor) -> Tensor:
+    if isinstance(weight, Tensor):
+        weight = weight.to(difference.device, difference.real.dtype)
+    if first is None:
+        return weight * difference
+    return (first.to(difference.dtype) + weight * difference).to(first.dtype)

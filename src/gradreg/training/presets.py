@@ -1,0 +1,85 @@
+r"""Methods known by other names, as values of the four nouns.
+
+Each is $\hat g = g_1 + \frac\gamma\epsilon (g_2 - g_1)$ with another ascent or another ratio γ/ε.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from gradreg.functional.ascents import Adaptive
+from gradreg.training.regularizer import GradientRegularizer
+from gradreg.training.schedule import Schedule, check
+
+
+def sam(model: nn.Module, rho: Schedule, **options: Any) -> GradientRegularizer:
+    r"""Sharpness-aware minimization: $\hat g = \nabla L(\theta + \rho \, \nabla L / \|\nabla L\|)$, that is γ = ε = ρ.
+
+    Args:
+        model: the model.
+        rho: radius ρ > 0 in the units of the weights, a number or a function of the step.
+        options: further arguments of `GradientRegularizer`.
+
+    Raises:
+        ValueError: ρ ≤ 0 or not finite.
+
+    References:
+        Foret et al., [Sharpness-Aware Minimization](https://arxiv.org/abs/2010.01412), ICLR 2021.
+
+    Example:
+        >>> sam(nn.Linear(2, 1), rho=0.05).gamma
+        0.05
+    """
+    check("rho", rho)
+    return GradientRegularizer(model, rho, rho, ascent="normalized", **options)
+
+
+def asam(model: nn.Module, rho: Schedule, eta: float = 0.01, **options: Any) -> GradientRegularizer:
+    r"""Adaptive SAM: the radius is measured relative to each weight, $d = T^2 g_1 / \|T g_1\|$ with $T = |\theta| + \eta$.
+
+    Args:
+        model: the model.
+        rho: radius ρ > 0, a number or a function of the step; larger than SAM's, 0.5 to 2 in the paper.
+        eta: η ≥ 0, keeps small weights moving.
+        options: further arguments of `GradientRegularizer`.
+
+    Raises:
+        ValueError: ρ ≤ 0 or η < 0, or either not finite.
+
+    References:
+        Kwon et al., [ASAM](https://arxiv.org/abs/2102.11600), ICML 2021.
+
+    Example:
+        >>> asam(nn.Linear(2, 1), rho=0.5).epsilon
+        0.5
+    """
+    check("rho", rho)
+    return GradientRegularizer(model, rho, rho, ascent=Adaptive(eta), **options)
+
+
+def gnp(model: nn.Module, radius: float, alpha: float, **options: Any) -> GradientRegularizer:
+    r"""Gradient-norm penalty $\lambda \|\nabla L\|$, not squared: $\hat g = (1-\alpha) g_1 + \alpha \, \nabla L(\theta + r g_1/\|g_1\|)$.
+
+    Args:
+        model: the model.
+        radius: r > 0 in the units of the weights; 0.1 in the paper.
+        alpha: α = λ/r, between 0 (plain training) and 1 (SAM) or above; 0.8 in the paper.
+        options: further arguments of `GradientRegularizer`.
+
+    Raises:
+        ValueError: r ≤ 0 or α < 0, or either not finite.
+
+    References:
+        Zhao et al., [Penalizing Gradient Norm](https://arxiv.org/abs/2202.03599), ICML 2022.
+
+    Example:
+        >>> gnp(nn.Linear(2, 1), radius=0.5, alpha=0.5).gamma
+        0.25
+    """
+    check("radius", radius)
+    if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"alpha must be a finite number ≥ 0, got {alpha!r}; 0 is plain training, 1 is SAM.")
+    return GradientRegularizer(model, radius * alpha, radius, ascent="normalized", **options)

@@ -1,0 +1,143 @@
+"""The recorder: a forward pre-hook that sees every call of the model.
+
+It serves two ends. The caller of `perturbed()` runs the first pass before we are asked, so the moments (random state
+and buffers) that the second pass must start from can only be known by recording each forward. And both passes must
+see the same batch: a closure that draws the next one is silently wrong, so the inputs of the two passes are compared.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from gradreg._vectors import is_traced
+from gradreg.training.replay import Moment
+
+
+class Inputs:
+    """The tensors that one forward was given; on the host, and when asked, their values too."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], with_values: bool) -> None:
+        tensors = [x.detach() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        self._shapes = [(tuple(x.shape), x.dtype) for x in tensors]
+        plain = [
+            x for x in tensors if x.device.type == "cpu" and x.layout is torch.strided and not is_traced(x)
+        ]
+        self._values = [x.clone() for x in plain] if with_values else []
+
+    def check_same(self, other: Inputs) -> None:
+        same = self._shapes == other._shapes and all(
+            torch.equal(x, y) or bool(((x == y) | (x.isnan() & y.isnan())).all())
+            for x, y in zip(self._values, other._values)
+        )
+        if not same:
+            raise ValueError(
+                "the displaced pass gave the model another batch than the first pass: both must see the same data, or "
+                "the penalty is that of no loss. Draw the batch once, outside the closure, the loss function or the "
+                "perturbed() block."
+            )
+
+
+class Recorder:
+    """Remembers the forwards of a first pass, and holds those of a displaced pass against them.
+
+    For `perturbed()`, a window begins with the first forward that finds no gradient (after `zero_grad()`), and ends
+    when a door closes. Evaluation under `no_grad` is not recorded. Values of inputs are compared in the first step only.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if isinstance(hook, Recorder) and hook.is_blank:  # came with a copy of another model
+                del model._forward_pre_hooks[key]
+                model._forward_pre_hooks_with_kwargs.pop(key, None)
+        self._watched: list[nn.Parameter] | None = list(model.parameters())
+        self._keeps_moments = True
+        self._moments: list[Moment] = []
+        self._inputs: list[Inputs] = []
+        self._position: int | None = None  # of the next forward, in a displaced pass
+        self._compares_values = True
+        self.handle = model.register_forward_pre_hook(self, with_kwargs=True)
+
+    # A copied or unpickled model takes no recorder along: the copy belongs to no regularizer.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_blank_recorder, ())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
+        del memo
+        return _blank_recorder()
+
+    def __copy__(self) -> Recorder:
+        return _blank_recorder()
+
+    @property
+    def is_blank(self) -> bool:
+        return self._watched is None
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._watched is None or not torch.is_grad_enabled():
+            return
+        if self._position is not None:
+            self._replay(self._position, Inputs(args, kwargs, self._compares_values))
+            return
+        if self._keeps_moments:
+            if all(p.grad is None for p in self._watched):
+                self.forget()
+            self._moments.append(Moment(module))
+        self._inputs.append(Inputs(args, kwargs, self._compares_values))
+
+    def _replay(self, position: int, inputs: Inputs) -> None:
+        if position < len(self._inputs):
+            self._inputs[position].check_same(inputs)
+        if position < len(self._moments):
+            self._moments[position].restore()
+        self._position = position + 1
+
+    @property
+    def num_forwards(self) -> int:
+        """Calls of the model in the first pass."""
+        return len(self._inputs)
+
+    def forget(self) -> None:
+        self._moments.clear()
+        self._inputs.clear()
+
+    @contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """The engine runs the first pass itself, and knows the moment it starts from: only inputs are kept."""
+        self.forget()
+        self._keeps_moments = False
+        try:
+            yield
+        finally:
+            self._keeps_moments = True
+
+    @contextmanager
+    def displaced_pass(self) -> Iterator[None]:
+        """Compare the inputs, and start each forward from its recorded moment, if any was kept."""
+        self._position = 0
+        try:
+            yield
+            if self._moments and self._position != len(self._moments):
+                warnings.warn(
+                    f"perturbed(): the first pass called the model {len(self._moments)} times and the block "
+                    f"{self._position} times. Both passes must see the same batches, in the same order; otherwise "
+                    "the penalty is that of another loss.",
+                    UserWarning,
+                    stacklevel=5,
+                )
+            self._compares_values = False
+        finally:
+            self._position = None
+
+
+def _blank_recorder() -> Recorder:
+    recorder = object.__new__(Recorder)
+    recorder._watched = None
+    return recorder

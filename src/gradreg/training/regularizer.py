@@ -1,0 +1,513 @@
+r"""The regularizer: makes $\hat g = \nabla L + \gamma H d$ of a model's loss, in any loop.
+
+Three doors lead here. `backward` is handed the loss; `perturbed` opens around a second pass that someone else runs;
+`RegularizedOptimizer` (optimizer.py) is handed a closure and calls `run_closure`. What can go wrong is handled once, in
+second_pass.py.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradreg import _vectors as vectors
+from gradreg.functional.ascents import Ascent, resolve_ascent
+from gradreg.functional.schemes import Scheme, resolve_scheme
+from gradreg.training import double_backward
+from gradreg.training.combination import Measured, add_penalty, give_gradients, take_gradients
+from gradreg.training.diagnostics import Diagnostics, Realized
+from gradreg.training.displacement import Displacement
+from gradreg.training.recorder import Recorder
+from gradreg.training.replay import Moment
+from gradreg.training.schedule import Schedule, Strength, check, strength_at
+from gradreg.training.second_pass import Method, SecondPass, dropping_gradients, without_trace
+from gradreg.training.selection import Rules, Selection
+
+Backward = Callable[[Tensor], Any]
+
+
+class GradientRegularizer:
+    r"""Minimizes $L(\theta) + \frac\gamma2 \|\nabla L(\theta)\|^2$ by replacing the gradient that the optimizer sees.
+
+    $$\hat g = g_1 + \frac\gamma\epsilon (g_2 - g_1), \qquad g_1 = \nabla L(\theta), \quad g_2 = \nabla L(\theta + \epsilon d)$$
+
+    The second gradient costs one more forward and backward pass, about twice plain training in all; γ = 0 costs nothing. The
+    weights are displaced for the second pass only, and put back bitwise.
+
+    Args:
+        model: the model, wrapped or not. It must own every trainable tensor of the loss.
+        gamma: strength γ ≥ 0, a number or a function of the step (see `gradreg.warmup`, `late`, `every`).
+        epsilon: step length ε > 0 along the ascent, a number or a function of the step. γ = ε makes ĝ = g2.
+        scheme: `forward` (F-GR), `backward` (B-GR), `central` (one pass more), `exact` (double backpropagation).
+        ascent: `gradient` (d = g1), `normalized` (d = g1/‖g1‖), `adaptive` (ASAM), or an `Ascent`.
+        include: shell-style patterns over parameter names, module types, or predicates `(name, parameter) -> bool`; None
+            selects every parameter. What is not selected keeps g1 and never moves.
+        exclude: the same; taken away from what `include` matched.
+        cap: the largest allowed ‖ĝ − g1‖/‖g1‖, or None. Holds one more copy of the gradients.
+        nonfinite: what to leave in `.grad` when g1 is finite and the second gradient is not: `"keep"` leaves the non-finite ĝ,
+            so that a gradient scaler skips the step; `"first"` leaves g1, at one more copy of the gradients.
+
+    Raises:
+        ValueError: γ < 0, ε ≤ 0, either not finite, an unknown scheme, ascent or policy, a rule that matches nothing, no
+            parameter left to select, or `exact` on a model that cannot be differentiated twice.
+        TypeError: an argument of the wrong type.
+
+    References:
+        Karakida et al., [Understanding Gradient Regularization in Deep Learning](https://arxiv.org/abs/2210.02720), ICML 2023.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> nn.init.ones_(model.weight).requires_grad
+        True
+        >>> regularizer = GradientRegularizer(model, gamma=0.5, epsilon=0.1)
+        >>> x = torch.tensor([[1.0, 0.0]])
+        >>> regularizer.backward(lambda: model(x).square().sum() / 2)  # H = 1 along x, so ĝ = (1 + γ) g1
+        tensor(0.5000)
+        >>> model.weight.grad
+        tensor([[1.5000, 0.0000]])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        gamma: Schedule,
+        epsilon: Schedule,
+        *,
+        scheme: str | Scheme = "forward",
+        ascent: str | Ascent = "gradient",
+        include: Rules | None = None,
+        exclude: Rules = (),
+        cap: float | None = None,
+        nonfinite: str = "keep",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        check("gamma", gamma)
+        check("epsilon", epsilon)
+        if cap is not None and not (isinstance(cap, (int, float)) and math.isfinite(cap) and cap > 0):
+            raise ValueError(f"cap must be a finite number > 0, or None for no cap, got {cap!r}.")
+        if nonfinite not in ("keep", "first"):
+            raise ValueError(f'nonfinite must be "keep" or "first", got {nonfinite!r}.')
+        self.gamma = gamma
+        self.epsilon = epsilon
+        self._method = Method(resolve_scheme(scheme), resolve_ascent(ascent), cap, nonfinite == "first")
+        if self._method.scheme.is_exact:
+            double_backward.check_supported(model)
+        self.model = model
+        self.selection = Selection(model, include, exclude)
+        self.step = 0  # closed second passes, and what would have been one
+        self._diagnostics = Diagnostics()
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """What belongs to this object and this process, and travels in no copy or pickle."""
+        self._displacement = Displacement()
+        self._recorder = Recorder(self.model)
+        self._is_open = False
+        self._is_first_call = True
+        weakref.finalize(self, self._recorder.handle.remove)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_displacement", "_recorder", "_is_open", "_is_first_call")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._set_up()
+
+    def __repr__(self) -> str:
+        return (
+            f"GradientRegularizer(gamma={self.gamma}, epsilon={self.epsilon}, scheme={self._method.scheme.name!r}, "
+            f"ascent={self._method.ascent}, step={self.step})\n{self.selection}"
+        )
+
+    # The first door.
+
+    def backward(
+        self,
+        loss_fn: Callable[..., Tensor],
+        batches: Iterable[Any] | None = None,
+        *,
+        backward: Backward = Tensor.backward,
+        grad_scale: float | Tensor = 1.0,
+    ) -> Tensor:
+        r"""Add ĝ to `.grad`, as `loss.backward()` would add g1, and return L(θ), detached.
+
+        Args:
+            loss_fn: runs the forward pass and returns the loss, a scalar with a graph. It is called once for each pass, so it
+                must not draw a new batch. The second call sees the random numbers and buffers of the first.
+            batches: the micro-batches of an accumulation window. `loss_fn(batch)` is called for each, and the loss is their
+                sum, as in a loop of `loss_fn(batch).backward()`: divide by their number inside for the mean. The
+                second pass replays them, which equals one large batch (joint GR). Without `batches`, calling this once for each
+                micro-batch regularizes each of them by itself (m-sharpness) and holds one more copy of the gradients.
+            backward: runs the backward pass of a loss: `accelerator.backward`, `fabric.backward`, or
+                `lambda loss: scaler.scale(loss).backward()`.
+            grad_scale: the loss scale that `backward` applies: `.grad` holds `grad_scale` · ĝ, and the displacement does not
+                depend on it. The default measures it, as the factor by which `backward` multiplies the gradient of the loss; a
+                factor below 1 (a division by the number of micro-batches) is taken as part of the loss.
+
+        Raises:
+            ValueError: a loss that is not a scalar or has no graph, an empty `batches`, a γ or ε that the schedule made
+                invalid, or a second pass on another batch. Weights, buffers and `.grad` are then what they were.
+        """
+        calls = [loss_fn] if batches is None else [partial(loss_fn, batch) for batch in batches]
+        if not calls:
+            raise ValueError("batches must hold at least one micro-batch, got none.")
+        with self._door():
+            strength = strength_at(self.gamma, self.epsilon, self.step)
+            if strength is None:
+                losses = [_run(call, backward) for call in calls]
+            else:
+                with self._adding_to_gradients():
+                    losses = self._regularize(calls, strength, backward, grad_scale)
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _regularize(
+        self,
+        calls: Sequence[Callable[[], Tensor]],
+        strength: Strength,
+        backward: Backward,
+        grad_scale: float | Tensor,
+    ) -> list[Tensor]:
+        if self._method.scheme.is_exact and len(calls) == 1 and backward is Tensor.backward:
+            return [self._exact_in_one_pass(calls[0], strength)]
+        before = Moment(self.model)
+        factors: list[Tensor] = []
+        try:
+            with self._recorder.first_pass():
+                losses = [_run(call, backward, factors, self._check_leaves) for call in calls]
+        except BaseException:
+            before.restore()
+            raise
+        self._is_first_call = False
+        if factors and not isinstance(grad_scale, Tensor) and grad_scale == 1:
+            grad_scale = factors[0].clamp(min=1)
+        if self._method.scheme.is_exact:
+            self._exact_in_two_passes(calls, factors, before, strength, grad_scale)
+            return losses
+
+        def replay() -> None:
+            before.restore()
+            for call in calls:
+                loss = call()
+                if loss.requires_grad:  # else: nothing selected takes part in the displaced pass
+                    backward(loss)
+
+        self._second_pass(replay, strength, grad_scale, num_backwards=len(calls))
+        return losses
+
+    def _second_pass(
+        self,
+        run: Callable[[], Any],
+        strength: Strength,
+        grad_scale: float | Tensor,
+        num_backwards: int = 1,
+        others: Sequence[Tensor] = (),
+    ) -> None:
+        """`.grad` from g1 to ĝ, where the pass is ours to run."""
+        second = self._prepare(strength, grad_scale, num_backwards, others)
+        if not second.is_needed:
+            second.skip()
+            return
+        with second.open():
+            for k in range(second.num_passes):
+                with second.displaced(k), self._recorder.displaced_pass():
+                    run()
+
+    def _prepare(
+        self,
+        strength: Strength,
+        grad_scale: float | Tensor,
+        num_backwards: int,
+        others: Sequence[Tensor] = (),
+    ) -> SecondPass:
+        return SecondPass(
+            self.model,
+            self.selection.parameters,
+            [*self.selection.others, *others],
+            self._method,
+            strength,
+            grad_scale=grad_scale,
+            deferred=num_backwards > 1,
+            displacement=self._displacement,
+            diagnostics=self._diagnostics,
+        )
+
+    # The second door.
+
+    @contextmanager
+    def perturbed(self, *, grad_scale: float | Tensor = 1.0) -> Iterator[None]:
+        r"""A context for the second pass of a loop that someone else owns: `.grad` goes in as g1 and comes out as ĝ.
+
+            criterion(model(x), y).backward()
+            with regularizer.perturbed():
+                criterion(model(x), y).backward()
+            optimizer.step()
+
+        The block must run the forward and backward passes of the first pass again, in the same order; `zero_grad()` in it
+        does no harm. The random state and buffers of each forward are those of its counterpart. A step with γ = 0 still runs the
+        block, since Python cannot skip it, and leaves g1.
+
+        Args:
+            grad_scale: the loss scale that `.grad` carries; divide it out first with `scaler.unscale_(optimizer)`, or pass
+                `scaler.get_scale()` and scale the loss in the block too.
+
+        Raises:
+            ValueError: the `central` or `exact` scheme, which one block cannot serve; no gradient to start from.
+        """
+        if self._method.scheme.is_exact or len(self._method.scheme.stencil) > 1:
+            raise ValueError(
+                f'perturbed() runs its block once, which cannot serve scheme="{self._method.scheme.name}": use '
+                'backward(loss_fn), or scheme="forward" or "backward".'
+            )
+        with self._door():
+            strength = strength_at(self.gamma, self.epsilon, self.step)
+            if all(p.grad is None for p in self.selection.parameters):
+                raise ValueError(
+                    "perturbed() starts from the gradient of the first pass, and no selected parameter has one: run "
+                    "loss.backward() before, and zero_grad() before that, not in between."
+                )
+            second = (
+                None if strength is None else self._prepare(strength, grad_scale, self._recorder.num_forwards)
+            )
+            with self._recorder.displaced_pass():
+                if second is None or not second.is_needed:
+                    parameters = [*self.selection.parameters, *self.selection.others]
+                    with without_trace(self.model, parameters), dropping_gradients(parameters):
+                        yield
+                    if second is not None:
+                        second.skip()
+                else:
+                    with second.open(), second.displaced(0):
+                        yield
+
+    # The third door.
+
+    def run_closure(self, closure: Callable[[], Any], others: Sequence[Tensor] = ()) -> Any:
+        """Both passes by a closure that zeroes gradients, runs forward and backward and returns the loss; `.grad` holds ĝ.
+
+        `RegularizedOptimizer.step(closure)` calls this; `others` are its parameters outside the model.
+        """
+        if self._method.scheme.is_exact:
+            raise ValueError(
+                'scheme="exact" needs the loss before its backward pass, which a closure does not hand out: use '
+                'backward(loss_fn) with scheme="exact", or a closure with "forward", "backward" or "central".'
+            )
+        with self._door():
+            strength = strength_at(self.gamma, self.epsilon, self.step)
+            if strength is None:
+                with torch.enable_grad():
+                    return closure()
+            before = Moment(self.model)
+            try:
+                with self._recorder.first_pass(), torch.enable_grad():
+                    loss = self._check_closure(closure, [*self.selection.all, *others])
+            except BaseException:
+                before.restore()
+                raise
+
+            def replay() -> None:
+                before.restore()
+                with torch.enable_grad():
+                    closure()
+
+            self._second_pass(replay, strength, 1.0, self._recorder.num_forwards, others)
+            return loss
+
+    @staticmethod
+    def _check_closure(closure: Callable[[], Any], parameters: Sequence[Tensor]) -> Any:
+        existing = [p.grad for p in parameters]
+        loss = closure()
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(f"closure must return a scalar loss, got shape {tuple(loss.shape)}.")
+        if all(p.grad is None for p in parameters):
+            raise ValueError("closure left no gradient: it must call loss.backward() and return the loss.")
+        if any(g is not None and p.grad is g for p, g in zip(parameters, existing)):
+            raise ValueError(
+                "closure added to gradients that were there before: call optimizer.zero_grad() in it. To accumulate "
+                "micro-batches use regularizer.backward(loss_fn, batches)."
+            )
+        return loss
+
+    # What the doors share.
+
+    @contextmanager
+    def _door(self) -> Iterator[None]:
+        """One step: refuses to be entered twice; counts when it closes well."""
+        if self._is_open:
+            raise RuntimeError("a second pass of this regularizer is open: doors do not nest.")
+        self.selection.follow(self.model)
+        self._is_open = True
+        try:
+            yield
+            self.step += 1
+        finally:
+            self._recorder.forget()
+            self._is_open = False
+
+    @contextmanager
+    def _adding_to_gradients(self) -> Iterator[None]:
+        """What is in `.grad` is put aside, and ĝ added to it in the end; after an exception it is as it was."""
+        parameters = self.selection.all
+        before = take_gradients(parameters)
+        try:
+            yield
+            for i, (p, old) in enumerate(zip(parameters, before)):
+                if old is not None and p.grad is not None:
+                    with torch.no_grad():
+                        before[i] = old + p.grad if old.is_sparse or p.grad.is_sparse else old.add_(p.grad)
+                elif old is None:
+                    before[i] = p.grad
+        finally:
+            give_gradients(parameters, before)
+
+    def _check_leaves(self, loss: Tensor) -> None:
+        """In the first call: trainable tensors outside the model would receive the sum of both passes."""
+        if not self._is_first_call:
+            return
+        known = set(self.selection.all)
+        strangers = [tuple(leaf.shape) for leaf in _leaves(loss) if leaf not in known]
+        if strangers:
+            warnings.warn(
+                f"the loss depends on {len(strangers)} trainable tensors outside the model (shapes {strangers[:3]}): both "
+                "passes add to their .grad. Give the regularizer a model that owns them, such as nn.ModuleList([...]), or "
+                "clear their .grad before you use it.",
+                UserWarning,
+                stacklevel=7,
+            )
+
+    # The exact scheme.
+
+    def _exact_in_one_pass(self, call: Callable[[], Tensor], strength: Strength) -> Tensor:
+        selected, others = self.selection.parameters, [p for p in self.selection.others if p.requires_grad]
+        loss = _checked(call())
+        first = double_backward.differentiable_gradient(loss, [*selected, *others])
+        mine = first[: len(selected)]
+        along = double_backward.direction(self._method.ascent, selected, mine, 1.0)
+        penalty = double_backward.curvature_product(mine, selected, along)
+        give_gradients([*selected, *others], [None if g is None else g.detach() for g in first])
+        self._add_exact(penalty, strength, 1.0)
+        return loss.detach()
+
+    def _exact_in_two_passes(
+        self,
+        calls: Sequence[Callable[[], Tensor]],
+        factors: Sequence[Tensor],
+        before: Moment,
+        strength: Strength,
+        grad_scale: float | Tensor,
+    ) -> None:
+        """g1 stands in `.grad`; a second pass at θ makes Σ H_i d, since d is known only after the whole first pass."""
+        selected = self.selection.parameters
+        along = double_backward.direction(
+            self._method.ascent, selected, [p.grad for p in selected], grad_scale
+        )
+        total: list[Tensor | None] = [None] * len(selected)
+        with without_trace(self.model, self.selection.all):
+            before.restore()
+            for k, call in enumerate(calls):
+                first = double_backward.differentiable_gradient(call(), selected)
+                for i, h in enumerate(double_backward.curvature_product(first, selected, along)):
+                    if h is not None:
+                        scaled = factors[k] * h if factors else h
+                        total[i] = scaled if total[i] is None else total[i] + scaled
+        self._add_exact(total, strength, grad_scale)
+
+    def _add_exact(
+        self, penalty: Sequence[Tensor | None], strength: Strength, grad_scale: float | Tensor
+    ) -> None:
+        selected = self.selection.parameters
+        first = [p.grad for p in selected]
+        measured = Measured(vectors.norm([g for g in first if g is not None]), strength.gamma)
+        with torch.no_grad():
+            add_penalty(selected, first, penalty, measured, self._method.cap, self._method.fall_back)
+        self._diagnostics.record(measured.first_norm / grad_scale, measured)
+        self._diagnostics.count(measured.first_norm.isfinite() & measured.is_finite())
+
+    # What the user reads and saves.
+
+    def diagnostics(self) -> dict[str, Tensor | Realized]:
+        """Measurements of the last step with γ > 0, as tensors: reading them is what waits for an accelerator.
+
+        - `grad_norm`: ‖g1‖ over the selected parameters, without the loss scale.
+        - `penalty_ratio`: ‖ĝ − g1‖/‖g1‖, the scale-free dial for γ.
+        - `cosine`: of g1 and g2; near 1 where the loss is flat along d. NaN for `exact`, which has no g2.
+        - `realized`: displacement after rounding against the intended one (`cosine`, `norm`). Measured in every step for
+          weights below float32, else in the first step and in the step after each reading.
+        - `active_steps`, `skipped_steps`: steps with γ > 0 whose gradients were all finite and not zero, and the others.
+        """
+        return self._diagnostics.read()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step and the counters; γ and ε are configuration, and not saved."""
+        return {"step": self.step, **self._diagnostics.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the step and the counters of `state_dict()`.
+
+        Raises:
+            ValueError: missing or unknown keys, or a step that is not an integer ≥ 0; nothing is changed.
+        """
+        expected = {"step", "active_steps", "skipped_steps"}
+        if set(state_dict) != expected:
+            raise ValueError(f"state_dict must have the keys {sorted(expected)}, got {sorted(state_dict)}.")
+        for name in sorted(expected):
+            value = state_dict[name]
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"state_dict[{name!r}] must be an integer ≥ 0, got {value!r}.")
+        self.step = state_dict["step"]
+        self._diagnostics.load_state_dict(state_dict)
+
+
+def _checked(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss_fn must return the loss as a tensor, got {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"loss_fn must return a scalar, got shape {tuple(loss.shape)}: reduce it, e.g. loss.mean()."
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            "loss_fn returned a loss without a graph: run the forward pass in it, not under torch.no_grad(), and do not "
+            "detach the loss."
+        )
+    return loss
+
+
+def _run(
+    call: Callable[[], Tensor],
+    backward: Backward,
+    factors: list[Tensor] | None = None,
+    check: Callable[[Tensor], None] = lambda loss: None,
+) -> Tensor:
+    """One forward and backward pass; `factors` receives what a `backward` of the user's multiplies gradients by."""
+    loss = _checked(call())
+    check(loss)
+    if factors is None or backward is Tensor.backward:
+        backward(loss)
+    else:
+        handle = loss.register_hook(lambda factor: factors.append(factor.detach()))
+        backward(loss)
+        handle.remove()
+    return loss.detach()
+
+
+def _leaves(loss: Tensor) -> Iterator[Tensor]:
+    """The trainable tensors that a loss depends on."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        nodes.extend(child for child, _ in node.next_functions)
