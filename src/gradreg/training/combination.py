@@ -125,30 +125,48 @@ class Combination:
                     p.grad = self._combine(i, p.grad)
 
     @torch.no_grad()
-    def _arrive(self, i: int, second: Tensor) -> Tensor:
+    def _arrive(self, i: int, second: Tensor) -> Tensor | None:
+        """Before autograd adds g2 to `.grad`: put there what makes the sum ĝ, or answer with ĝ in the place of g2."""
+        p, weight = self._parameters[i], self._measured.weight
         if self._arrived[i]:  # another backward of the same pass: ĝ is linear in g2
-            return second if self._measured.weight == 1 else second * self._measured.weight
+            return None if weight == 1 else second * weight
         self._arrived[i] = True
-        combined = self._combine(i, second)
-        assert combined is not None
-        return combined
+        if not self._is_usual(i, second):
+            return self._combine(i, second)
+        gap = self._gap(i, second)
+        if weight != 1:
+            p.grad = gap.mul_(1 - weight)  # ĝ = g2 + (1 − c)(g1 − g2), without new memory
+        return None
 
     def _combine(self, i: int, second: Tensor | None) -> Tensor | None:
-        """ĝ of one parameter; its g1 is used up. Dense float32 and a stencil of one node take no new memory."""
-        first, weight, measured = self._first[i], self._measured.weight, self._measured
-        usual = first is not None and second is not None and not self._earlier
-        if usual and not (first.is_sparse or second.is_sparse or vectors.is_low_precision([first])):
-            self._first[i] = None
-            measured.second.append(vectors.squared(second))
-            measured.distance.append(vectors.squared(first.sub_(second)))
-            measured.difference.append(measured.distance[-1])
-            return second if weight == 1 else torch.add(second, first, alpha=1 - weight, out=first)
+        """ĝ of one parameter; its g1 is used up."""
+        weight = self._measured.weight
+        if second is not None and self._is_usual(i, second):
+            gap = self._gap(i, second)
+            return second if weight == 1 else torch.add(second, gap, alpha=1 - weight, out=gap)
         difference = self._difference(i, second)
-        self._first[i] = None
+        first, self._first[i] = self._first[i], None
         if difference is None:
             return first
-        measured.difference.append(vectors.squared(difference))
-        return second if usual and weight == 1 else _add(first, difference, weight)
+        self._measured.difference.append(vectors.squared(difference))
+        is_second = weight == 1 and second is not None and not self._earlier
+        return second if is_second else _add(first, difference, weight)
+
+    def _is_usual(self, i: int, second: Tensor) -> bool:
+        """One displaced pass, dense gradients, no narrow dtype: ĝ can be written over g1."""
+        first = self._first[i]
+        if first is None or self._earlier or first.is_sparse or second.is_sparse:
+            return False
+        return not vectors.is_low_precision([first])
+
+    def _gap(self, i: int, second: Tensor) -> Tensor:
+        """g1 − g2, written over g1."""
+        gap, self._first[i] = self._first[i], None
+        assert gap is not None
+        self._measured.second.append(vectors.squared(second))
+        self._measured.distance.append(vectors.squared(gap.sub_(second)))
+        self._measured.difference.append(self._measured.distance[-1])
+        return gap
 
     def _difference(self, i: int, second: Tensor | None) -> Tensor | None:
         """Σ (w_k / w_last) (g_k − g1), in float32 or wider; a gradient that is not there counts as zero."""

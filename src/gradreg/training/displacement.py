@@ -14,9 +14,11 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from gradreg import _vectors as vectors
+
+
+_GUARD = "gradreg"
 
 
 def _may_point_elsewhere(p: Tensor) -> bool:
@@ -43,14 +45,14 @@ class Displacement:
         self._copies: list[Tensor] = []
         self._pointing: list[bool] = []
         self._true: list[Tensor] = []
-        self._guards: list[RemovableHandle] = []
+        self._guarded: list[nn.Module] = []
 
     @property
     def is_open(self) -> bool:
         return bool(self._true)
 
     def open(
-        self, model: nn.Module, parameters: Sequence[nn.Parameter], step: Tensor, direction: Sequence[Tensor]
+        self, modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter], step: Tensor, direction: Sequence[Tensor]
     ) -> None:
         """θ ← θ + step · direction. Call `close` whatever happens, also if this raises."""
         self._make_room(parameters)
@@ -60,7 +62,10 @@ class Displacement:
         if in_place:
             torch._foreach_copy_([self._copies[i] for i in in_place], [true[i] for i in in_place])
         self._true = true
-        self._guards = [m.register_state_dict_pre_hook(_refuse_state_dict) for m in model.modules()]
+        # register_state_dict_pre_hook, without a handle for each module: this runs in every step.
+        self._guarded = [m for m in modules if m._parameters]
+        for module in self._guarded:
+            module._state_dict_pre_hooks[_GUARD] = _refuse_state_dict  # type: ignore[index]
         targets = [c if pointing else t for c, t, pointing in zip(self._copies, true, self._pointing)]
         sources = [t if pointing else c for c, t, pointing in zip(self._copies, true, self._pointing)]
         vectors.add_scaled(sources, step, direction, out=targets)
@@ -83,9 +88,9 @@ class Displacement:
 
     def close(self) -> None:
         """Put the weights back, bitwise and in their own storage."""
-        for guard in self._guards:
-            guard.remove()
-        self._guards = []
+        for module in self._guarded:
+            module._state_dict_pre_hooks.pop(_GUARD, None)  # type: ignore[arg-type]
+        self._guarded = []
         if not self._true:
             return
         kept = []

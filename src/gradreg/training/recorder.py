@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gradreg._vectors import is_traced
+from gradreg.training.anatomy import Anatomy
 from gradreg.training.replay import Moment
 
 
@@ -51,12 +52,13 @@ class Recorder:
     when a door closes. Evaluation under `no_grad` is not recorded. Values of inputs are compared in the first step only.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, anatomy: Anatomy) -> None:
+        model = anatomy.model
         for key, hook in list(model._forward_pre_hooks.items()):
             if isinstance(hook, Recorder) and hook.is_blank:  # came with a copy of another model
                 del model._forward_pre_hooks[key]
                 model._forward_pre_hooks_with_kwargs.pop(key, None)
-        self._watched: list[nn.Parameter] | None = list(model.parameters())
+        self._anatomy: Anatomy | None = anatomy
         self._keeps_moments = True
         self._moments: list[Moment] = []
         self._inputs: list[Inputs] = []
@@ -77,19 +79,19 @@ class Recorder:
 
     @property
     def is_blank(self) -> bool:
-        return self._watched is None
+        return self._anatomy is None
 
-    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._watched is None or not torch.is_grad_enabled():
+        del module
+        if self._anatomy is None or not torch.is_grad_enabled():
             return
         if self._position is not None:
             self._replay(self._position, Inputs(args, kwargs, self._compares_values))
             return
         if self._keeps_moments:
-            if all(p.grad is None for p in self._watched):
+            if all(p.grad is None for p in self._anatomy.parameters):
                 self.forget()
-            self._moments.append(Moment(module))
+            self._moments.append(Moment(self._anatomy))
         self._inputs.append(Inputs(args, kwargs, self._compares_values))
 
     def _replay(self, position: int, inputs: Inputs) -> None:
@@ -137,7 +139,11 @@ class Recorder:
             self._position = None
 
 
+# What torch.compiler.disable sets, without its wrapper: a compiled model leaves its graph for this call.
+Recorder.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
 def _blank_recorder() -> Recorder:
     recorder = object.__new__(Recorder)
-    recorder._watched = None
+    recorder._anatomy = None
     return recorder

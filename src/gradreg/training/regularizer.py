@@ -22,6 +22,7 @@ from gradreg import _vectors as vectors
 from gradreg.functional.ascents import Ascent, resolve_ascent
 from gradreg.functional.schemes import Scheme, resolve_scheme
 from gradreg.training import double_backward
+from gradreg.training.anatomy import Anatomy
 from gradreg.training.combination import Measured, add_penalty, give_gradients, take_gradients
 from gradreg.training.diagnostics import Diagnostics, Realized
 from gradreg.training.displacement import Displacement
@@ -110,13 +111,14 @@ class GradientRegularizer:
     def _set_up(self) -> None:
         """What belongs to this object and this process, and travels in no copy or pickle."""
         self._displacement = Displacement()
-        self._recorder = Recorder(self.model)
+        self._anatomy = Anatomy(self.model)
+        self._recorder = Recorder(self._anatomy)
         self._is_open = False
         self._is_first_call = True
         weakref.finalize(self, self._recorder.handle.remove)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_displacement", "_recorder", "_is_open", "_is_first_call")
+        own = ("_displacement", "_anatomy", "_recorder", "_is_open", "_is_first_call")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -179,7 +181,7 @@ class GradientRegularizer:
     ) -> list[Tensor]:
         if self._method.scheme.is_exact and len(calls) == 1 and backward is Tensor.backward:
             return [self._exact_in_one_pass(calls[0], strength)]
-        before = Moment(self.model)
+        before = Moment(self._anatomy)
         factors: list[Tensor] = []
         try:
             with self._recorder.first_pass():
@@ -230,7 +232,7 @@ class GradientRegularizer:
         others: Sequence[Tensor] = (),
     ) -> SecondPass:
         return SecondPass(
-            self.model,
+            self._anatomy,
             self.selection.parameters,
             [*self.selection.others, *others],
             self._method,
@@ -281,7 +283,7 @@ class GradientRegularizer:
             with self._recorder.displaced_pass():
                 if second is None or not second.is_needed:
                     parameters = [*self.selection.parameters, *self.selection.others]
-                    with without_trace(self.model, parameters), dropping_gradients(parameters):
+                    with without_trace(self._anatomy, parameters), dropping_gradients(parameters):
                         yield
                     if second is not None:
                         second.skip()
@@ -306,7 +308,7 @@ class GradientRegularizer:
             if strength is None:
                 with torch.enable_grad():
                     return closure()
-            before = Moment(self.model)
+            before = Moment(self._anatomy)
             try:
                 with self._recorder.first_pass(), torch.enable_grad():
                     loss = self._check_closure(closure, [*self.selection.all, *others])
@@ -344,7 +346,8 @@ class GradientRegularizer:
         """One step: refuses to be entered twice; counts when it closes well."""
         if self._is_open:
             raise RuntimeError("a second pass of this regularizer is open: doors do not nest.")
-        self.selection.follow(self.model)
+        if self._anatomy.follow():
+            self.selection.read(self.model)
         self._is_open = True
         try:
             yield
@@ -411,7 +414,7 @@ class GradientRegularizer:
             self._method.ascent, selected, [p.grad for p in selected], grad_scale
         )
         total: list[Tensor | None] = [None] * len(selected)
-        with without_trace(self.model, self.selection.all):
+        with without_trace(self._anatomy, self.selection.all):
             before.restore()
             for k, call in enumerate(calls):
                 first = double_backward.differentiable_gradient(call(), selected)

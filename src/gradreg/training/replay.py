@@ -13,12 +13,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-
-def _accelerators(model: nn.Module) -> list[torch.device]:
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    return sorted(devices, key=str)
+from gradreg.training.anatomy import Anatomy
 
 
 class RandomState:
@@ -48,14 +45,9 @@ class RandomState:
 class Buffers:
     """The buffers of a model as they stand when this is made: which tensors, and what they hold."""
 
-    def __init__(self, model: nn.Module) -> None:
-        seen: dict[int, Tensor] = {}
-        self._places: list[tuple[dict[str, Any], str, Tensor | None]] = []
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                self._places.append((module._buffers, name, buffer))
-                if buffer is not None:
-                    seen[id(buffer)] = buffer
+    def __init__(self, anatomy: Anatomy) -> None:
+        self._places = anatomy.buffers()
+        seen = {id(buffer): buffer for _, _, buffer in self._places if buffer is not None}
         self._tensors = list(seen.values())
         self._values = [torch.empty_like(t) for t in self._tensors]
         _copy(self._values, self._tensors)
@@ -77,9 +69,9 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
 class Moment:
     """Random state and buffers together, at one moment."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._random = RandomState(_accelerators(model))
-        self._buffers = Buffers(model)
+    def __init__(self, anatomy: Anatomy) -> None:
+        self._random = RandomState(anatomy.accelerators)
+        self._buffers = Buffers(anatomy)
 
     def restore(self) -> None:
         self._random.restore()

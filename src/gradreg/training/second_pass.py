@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gradreg import _vectors as vectors
 from gradreg.functional.ascents import Ascent
 from gradreg.functional.schemes import Scheme
+from gradreg.training.anatomy import Anatomy
 from gradreg.training.combination import Combination, Gradients, Measured, give_gradients, take_gradients
 from gradreg.training.diagnostics import Diagnostics
 from gradreg.training.displacement import Displacement
@@ -35,9 +36,9 @@ class Method:
 
 
 @contextmanager
-def without_trace(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
+def without_trace(anatomy: Anatomy, parameters: Sequence[Tensor]) -> Iterator[None]:
     """Passes that leave no trace: the gradients of `parameters`, buffers and random state come back as they were."""
-    after = Moment(model)
+    after = Moment(anatomy)
     kept = take_gradients(parameters)
     try:
         yield
@@ -77,7 +78,7 @@ class SecondPass:
                     ...  # forward and backward, from the random state and the buffers of the first pass
 
     Args:
-        model: the model.
+        anatomy: of the model.
         parameters: the selected parameters.
         others: further parameters, whose gradient the displaced passes must not touch.
         method: scheme, ascent, cap and policy.
@@ -90,7 +91,7 @@ class SecondPass:
 
     def __init__(
         self,
-        model: nn.Module,
+        anatomy: Anatomy,
         parameters: Sequence[nn.Parameter],
         others: Sequence[Tensor],
         method: Method,
@@ -101,7 +102,7 @@ class SecondPass:
         displacement: Displacement,
         diagnostics: Diagnostics,
     ) -> None:
-        self._model = model
+        self._anatomy = anatomy
         self._parameters = parameters
         self._others = others
         self._method = method
@@ -132,7 +133,7 @@ class SecondPass:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        with without_trace(self._model, self._others), dropping_gradients(self._others):
+        with without_trace(self._anatomy, self._others), dropping_gradients(self._others):
             self._first = take_gradients(self._parameters)
             try:
                 yield
@@ -177,7 +178,7 @@ class SecondPass:
         with torch.no_grad():
             direction, scale = self._method.ascent([p.data for p in parameters], gradients, self._grad_scale)
             step = torch.where(self._usable, torch.full_like(self._norm, radius) * scale, 0.0)
-            self._displacement.open(self._model, parameters, step, direction)
+            self._displacement.open(self._anatomy.modules, parameters, step, direction)
             low_precision = vectors.is_low_precision(parameters)
             if low_precision or self._diagnostics.wants_realized:
                 self._diagnostics.record_realized(

@@ -43,10 +43,6 @@ def _as_rules(argument: str, rules: Rules) -> tuple[Rule, ...]:
     return rules
 
 
-def _fingerprint(model: nn.Module) -> list[tuple[int, bool]]:
-    return [(id(p), p.requires_grad) for p in model.parameters()]
-
-
 class Selection:
     """The parameters of a model that the rules pick, by name; printing it shows what matched.
 
@@ -69,16 +65,16 @@ class Selection:
     def __init__(self, model: nn.Module, include: Rules | None = None, exclude: Rules = ()) -> None:
         self._include = None if include is None else _as_rules("include", include)
         self._exclude = _as_rules("exclude", exclude)
-        self._read(model)
+        self.read(model)
 
-    def _read(self, model: nn.Module) -> None:
+    def read(self, model: nn.Module) -> None:
+        """Match the rules against the model as it is now."""
         names: dict[nn.Parameter, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(parameter, []).append(name)
         everything = set(names)
         chosen = everything if self._include is None else self._match("include", self._include, model, names)
         chosen = chosen - self._match("exclude", self._exclude, model, names)
-        self._seen = _fingerprint(model)
         self.all = list(names)
         self.named = {bare_name(names[p][0]): p for p in names if p in chosen and p.requires_grad}
         self.others = [p for p in names if p not in chosen or not p.requires_grad]
@@ -112,11 +108,6 @@ class Selection:
                 )
             chosen |= found
         return chosen
-
-    def follow(self, model: nn.Module) -> None:
-        """Read the model again where its parameters are other objects now, or were frozen or thawed."""
-        if _fingerprint(model) != self._seen:
-            self._read(model)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
