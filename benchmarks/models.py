@@ -75,10 +75,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for t in self.qkv(self.norm1(x)).chunk(3, dim=-1)
-        )
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1))
         scores = q @ k.transpose(-2, -1) / q.size(-1) ** 0.5
         causal = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril()
         mixed = scores.masked_fill(~causal, float("-inf")).softmax(-1) @ v

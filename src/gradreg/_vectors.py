@@ -47,8 +47,9 @@ def is_readable(t: Tensor) -> bool:
 
 def squared(t: Tensor) -> Tensor:
     """‖t‖² of one tensor; on the host a dot product, the fastest reduction that needs no memory."""
-    t = _reals(t)
-    if t.device.type == "cpu" and t.dtype.itemsize >= 4 and not is_traced(t) and t.is_contiguous():
+    if t.is_sparse or t.is_complex():
+        t = _reals(t)
+    if t.is_cpu and t.dtype in (torch.float32, torch.float64) and t.is_contiguous() and not is_traced(t):
         flat = t.view(-1)
         return torch.dot(flat, flat)
     return torch.linalg.vector_norm(t, dtype=wide(t.dtype)).square()
@@ -56,17 +57,20 @@ def squared(t: Tensor) -> Tensor:
 
 def total(parts: Vectors) -> Tensor:
     """The sum of 0-dim tensors, on the device of the first and in the widest dtype."""
+    first = parts[0]
+    if all(part.dtype == first.dtype and part.device == first.device for part in parts):
+        return torch.stack(list(parts)).sum()
     dtype = max((part.dtype for part in parts), key=lambda d: d.itemsize)
-    return torch.stack([part.to(parts[0].device, dtype) for part in parts]).sum()
+    return torch.stack([part.to(first.device, dtype) for part in parts]).sum()
 
 
 def norm(tensors: Vectors) -> Tensor:
     """‖x‖ over all tensors together."""
-    reals = [_reals(t) for t in tensors]
-    alike = len({(t.device, t.dtype) for t in reals}) == 1
-    if alike and reals[0].device.type != "cpu" and not any(map(is_traced, reals)):
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(reals, 2, wide(reals[0].dtype))))
-    return total([squared(t) for t in reals]).sqrt()
+    first = tensors[0]
+    alike = all(t.dtype == first.dtype and t.device == first.device for t in tensors)
+    if first.is_cpu or not alike or first.is_complex() or any(t.is_sparse or is_traced(t) for t in tensors):
+        return total([squared(t) for t in tensors]).sqrt()
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, wide(first.dtype))))
 
 
 def dot(xs: Vectors, ys: Vectors) -> Tensor:

@@ -1,8 +1,8 @@
 """The ascent: which way the weights are displaced before the second gradient.
 
-An ascent maps parameters and their gradient to a direction, written as `(vectors, scale)` with d = scale · vectors, so that
-a direction parallel to the gradient costs no memory: `vectors` may be the gradient itself. It uses plain tensor
-operations only, so it serves the training engine and `torch.func.vmap` alike.
+An ascent maps parameters and their gradient to a direction, written as `(vectors, scale)` with d = scale ·
+vectors, so that a direction parallel to the gradient costs no memory: `vectors` may be the gradient itself. It
+uses plain tensor operations only, so it serves the training engine and `torch.func.vmap` alike.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from gradreg._vectors import norm, safe_reciprocal
 class Ascent(Protocol):
     """Chooses the direction d of the displacement θ + εd.
 
-    `grads` holds `grad_scale` · ∇L, so that a loss scale never has to be divided out of the gradients in place: an ascent
-    that is not scale-free divides its `scale` by it.
+    `grads` holds `grad_scale` · ∇L, so that a loss scale never has to be divided out of the gradients in place: an
+    ascent that is not scale-free divides its `scale` by it.
     """
 
     def __call__(
@@ -73,9 +73,7 @@ class Adaptive:
     def __call__(self, params, grads, grad_scale=1.0):
         del grad_scale  # scale-free
         dense = [g.to_dense() if g.is_sparse else g for g in grads]
-        scales = [
-            torch.ones_like(p) if self.weights_only and p.ndim < 2 else p.abs() + self.eta for p in params
-        ]
+        scales = [torch.ones_like(p) if self.weights_only and p.ndim < 2 else p.abs() + self.eta for p in params]
         lengths = [t * g for t, g in zip(scales, dense)]
         return [t * x for t, x in zip(scales, lengths)], safe_reciprocal(norm(lengths))
 

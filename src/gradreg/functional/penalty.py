@@ -1,7 +1,7 @@
 r"""The penalty $R(\theta) = \tfrac12\|\nabla L(\theta)\|^2$ and its gradient: parameters in, tensors out.
 
-Convention: the regularized loss is $L + \gamma R = L + \tfrac\gamma2\|\nabla L\|^2$, so $\nabla R = H \nabla L$. (A later
-paper prints γ/2 in front of the difference where its code uses γ; the code is right for this convention.)
+Convention: the regularized loss is $L + \gamma R = L + \tfrac\gamma2\|\nabla L\|^2$, so $\nabla R = H \nabla L$.
+(A later paper prints γ/2 in front of the difference where its code uses γ; the code is right for this convention.)
 
 `params` is any pytree of tensors (a list, a dict of names), `loss_fn` maps it to a 0-dim tensor. Nothing is
 modified, and every function maps under `torch.func.vmap`.
@@ -42,8 +42,8 @@ def directional_derivative(
 
     $$H d \approx \frac1\epsilon \sum_k w_k [\nabla L(\theta + s_k \epsilon d) - \nabla L(\theta)]$$
 
-    Exact when $L$ is quadratic; otherwise the error is $O(\epsilon)$ for `forward` and `backward`, $O(\epsilon^2)$ for
-    `central`, none for `exact`, which ignores `epsilon`.
+    Exact when $L$ is quadratic; otherwise the error is $O(\epsilon)$ for `forward` and `backward`, $O(\epsilon^2)$
+    for `central`, none for `exact`, which ignores `epsilon`.
 
     Args:
         loss_fn: maps parameters to a 0-dim tensor.
@@ -136,8 +136,8 @@ def regularized_gradient(
 ) -> Params:
     r"""$\hat g = \nabla L + \gamma H d$: the gradient that every method of this package hands to the optimizer.
 
-    For `forward` it is $g_1 + \frac\gamma\epsilon (g_2 - g_1)$. γ = ε with `normalized` is SAM, with `gradient` un-normalized
-    SAM. The training engine computes the same with less memory; this is its slow, obvious reference.
+    For `forward` it is $g_1 + \frac\gamma\epsilon (g_2 - g_1)$. γ = ε with `normalized` is SAM, with `gradient`
+    un-normalized SAM. The training engine computes the same with less memory; this is its slow, obvious reference.
 
     Args:
         loss_fn: maps parameters to a 0-dim tensor.

@@ -25,10 +25,7 @@ class Anatomy:
     def _fingerprint(self) -> tuple[list[int], list[tuple[int, bool, torch.device]]]:
         children = [id(child) for m in self.modules for child in m._modules.values()]
         parameters = [
-            (id(p), p.requires_grad, p.device)
-            for m in self.modules
-            for p in m._parameters.values()
-            if p is not None
+            (id(p), p.requires_grad, p.device) for m in self.modules for p in m._parameters.values() if p is not None
         ]
         return children, parameters
 

@@ -2,18 +2,20 @@ r"""The combination: g1 waits aside while the displaced pass runs, and meets eac
 
 $$\hat g = g_1 + c \sum_k w_k (g_k - g_1), \qquad c = \gamma/\epsilon,$$
 
-with the stencil weights $w_k$ of the scheme ($w_1 = 1$ for `forward`). Every parameter is combined inside the backward pass,
-the moment its second gradient exists: it is still in the cache, its memory is given back at once (so that no second
-copy of the gradients is ever held), and it does not matter whether a closure calls `zero_grad()` first.
+with the stencil weights $w_k$ of the scheme ($w_1 = 1$ for `forward`). Every parameter is combined inside the
+backward pass, the moment its second gradient exists: it is still in the cache, its memory is given back at once
+(so that no second copy of the gradients is ever held), and it does not matter whether a closure calls `zero_grad()` first.
 
-A combination is *deferred* to the end of the pass where the whole of g2 must be known first: for a cap on the penalty,
-for the policy that falls back to g1, and where one pass holds several backward passes. That holds g2 beside g1.
+A combination is *deferred* to the end of the pass where the whole of g2 must be known first: for a cap on the
+penalty, for the policy that falls back to g1, and where one pass holds several backward passes. That holds g2
+beside g1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -31,6 +33,7 @@ class Measured:
 
     first_norm: Tensor  # ‖g1‖
     weight: float | Tensor  # ĝ = g1 + weight · difference
+    wanted: bool = True  # else only ‖g2‖ is measured, which tells whether g2 is finite
     second: list[Tensor] = field(default_factory=list)  # ‖g2‖²; none for the exact scheme
     distance: list[Tensor] = field(default_factory=list)  # ‖g2 − g1‖²
     difference: list[Tensor] = field(default_factory=list)
@@ -49,7 +52,14 @@ class Measured:
         return product * vectors.safe_reciprocal((first * second).sqrt())
 
     def is_finite(self) -> Tensor:
-        return vectors.total(self.difference).isfinite()
+        """Whether all second gradients were finite."""
+        return vectors.total(self.second).isfinite() if self.second else self.first_norm.isfinite()
+
+    def add(self, second: Tensor, distance: Tensor, difference: Tensor) -> None:
+        self.second.append(vectors.squared(second))
+        if self.wanted:
+            self.distance.append(vectors.squared(distance))
+            self.difference.append(self.distance[-1] if difference is distance else vectors.squared(difference))
 
 
 def take_gradients(parameters: Sequence[Tensor]) -> list[Tensor | None]:
@@ -103,7 +113,7 @@ class Combination:
     def __enter__(self) -> None:
         if not self._deferred:
             for i, p in enumerate(self._parameters):
-                self._hooks.append(p.register_hook(lambda g, i=i: self._arrive(i, g)))
+                self._hooks.append(p.register_hook(partial(self._arrive, i)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -116,26 +126,24 @@ class Combination:
         with torch.no_grad():
             if self._together:
                 differences = [self._difference(i, p.grad) for i, p in enumerate(self._parameters)]
-                add_penalty(
-                    self._parameters, self._first, differences, self._measured, self._cap, self._fall_back
-                )
+                add_penalty(self._parameters, self._first, differences, self._measured, self._cap, self._fall_back)
                 return
             for i, p in enumerate(self._parameters):
                 if not self._arrived[i]:
                     p.grad = self._combine(i, p.grad)
 
-    @torch.no_grad()
     def _arrive(self, i: int, second: Tensor) -> Tensor | None:
         """Before autograd adds g2 to `.grad`: put there what makes the sum ĝ, or answer with ĝ in the place of g2."""
-        p, weight = self._parameters[i], self._measured.weight
+        weight = self._measured.weight
         if self._arrived[i]:  # another backward of the same pass: ĝ is linear in g2
+            self._measured.second.append(vectors.squared(second))
             return None if weight == 1 else second * weight
         self._arrived[i] = True
         if not self._is_usual(i, second):
             return self._combine(i, second)
         gap = self._gap(i, second)
-        if weight != 1:
-            p.grad = gap.mul_(1 - weight)  # ĝ = g2 + (1 − c)(g1 − g2), without new memory
+        if gap is not None:
+            self._parameters[i].grad = gap.mul_(1 - weight)  # ĝ = g2 + (1 − c)(g1 − g2), in the memory of g1
         return None
 
     def _combine(self, i: int, second: Tensor | None) -> Tensor | None:
@@ -143,30 +151,27 @@ class Combination:
         weight = self._measured.weight
         if second is not None and self._is_usual(i, second):
             gap = self._gap(i, second)
-            return second if weight == 1 else torch.add(second, gap, alpha=1 - weight, out=gap)
+            return second if gap is None else torch.add(second, gap, alpha=1 - weight, out=gap)
         difference = self._difference(i, second)
         first, self._first[i] = self._first[i], None
-        if difference is None:
-            return first
-        self._measured.difference.append(vectors.squared(difference))
-        is_second = weight == 1 and second is not None and not self._earlier
-        return second if is_second else _add(first, difference, weight)
+        if difference is None or (second is not None and weight == 1 and not self._earlier):
+            return second
+        return _add(first, difference, weight)
 
     def _is_usual(self, i: int, second: Tensor) -> bool:
         """One displaced pass, dense gradients, no narrow dtype: ĝ can be written over g1."""
         first = self._first[i]
         if first is None or self._earlier or first.is_sparse or second.is_sparse:
             return False
-        return not vectors.is_low_precision([first])
+        return first.dtype.itemsize >= 4
 
-    def _gap(self, i: int, second: Tensor) -> Tensor:
-        """g1 − g2, written over g1."""
-        gap, self._first[i] = self._first[i], None
-        assert gap is not None
-        self._measured.second.append(vectors.squared(second))
-        self._measured.distance.append(vectors.squared(gap.sub_(second)))
-        self._measured.difference.append(self._measured.distance[-1])
-        return gap
+    def _gap(self, i: int, second: Tensor) -> Tensor | None:
+        """g1 − g2, written over g1; None where ĝ = g2 does not ask for it."""
+        first, self._first[i] = self._first[i], None
+        assert first is not None
+        gap = first if self._measured.weight == 1 and not self._measured.wanted else first.sub_(second)
+        self._measured.add(second, gap, gap)
+        return None if self._measured.weight == 1 else gap
 
     def _difference(self, i: int, second: Tensor | None) -> Tensor | None:
         """Σ (w_k / w_last) (g_k − g1), in float32 or wider; a gradient that is not there counts as zero."""
@@ -179,9 +184,9 @@ class Combination:
         nothing = torch.zeros_like(example, dtype=dtype)
         origin = nothing if first is None else first.to(dtype)
         distances = [((nothing if g is None else g.to(dtype)) - origin) * relative for g, relative in terms]
-        self._measured.second.append(vectors.squared(nothing if second is None else second))
-        self._measured.distance.append(vectors.squared(distances[0]))
-        return distances[0] if len(distances) == 1 else sum(distances[1:], distances[0])
+        difference = distances[0] if len(distances) == 1 else sum(distances[1:], distances[0])
+        self._measured.add(nothing if second is None else second, distances[0], difference)
+        return difference
 
 
 def add_penalty(
@@ -193,8 +198,8 @@ def add_penalty(
     fall_back: bool,
 ) -> None:
     """`.grad` ← g1 + weight · difference, with one weight for all: lowered to the cap, or 0 where not finite."""
-    measured.difference = [vectors.squared(d) for d in differences if d is not None] or [torch.zeros(())]
-    length = vectors.total(measured.difference).sqrt()
+    present = [d for d in differences if d is not None]
+    length = vectors.norm(present) if present else torch.zeros(())
     if cap is not None:
         largest = cap * measured.first_norm.to(length) * vectors.safe_reciprocal(length)
         weight = torch.full_like(length, measured.weight)

@@ -34,7 +34,7 @@ class Diagnostics:
         self._realized = Realized(_UNKNOWN, _UNKNOWN)
         self._low_precision = False
         self._warned = False
-        self.wants_realized = True  # nobody has measured since the user last read
+        self.is_wanted = True  # nobody has measured since the user last read
 
     def count(self, was_active: Tensor) -> None:
         self._active = self._active + was_active.long()
@@ -42,7 +42,10 @@ class Diagnostics:
 
     def record(self, grad_norm: Tensor, measured: Measured | None) -> None:
         """Keep the measurements of a step; None where the second pass did not run, so that ĝ = g1."""
-        self._grad_norm, self._measured = grad_norm, measured
+        self._grad_norm = grad_norm
+        if measured is None or measured.wanted:
+            self._measured = measured
+            self.is_wanted = False
 
     def record_realized(
         self, applied: Sequence[Tensor], step: Tensor, direction: Sequence[Tensor], low_precision: bool
@@ -51,7 +54,6 @@ class Diagnostics:
         cosine = vectors.dot(applied, direction) * vectors.safe_reciprocal(size * length) * step.sign()
         self._realized = Realized(cosine, size * vectors.safe_reciprocal(step.abs() * length))
         self._low_precision = low_precision
-        self.wants_realized = False
         if vectors.is_readable(size):
             self._warn_if_lost()
 
@@ -69,7 +71,7 @@ class Diagnostics:
             )
 
     def read(self) -> dict[str, Tensor | Realized]:
-        self.wants_realized = True
+        self.is_wanted = True
         self._warn_if_lost()
         ratio, cosine = _UNKNOWN, _UNKNOWN
         if self._measured is not None:

@@ -1,10 +1,10 @@
 """The displacement: weights moved to θ + εd for the second pass, and put back bitwise.
 
-Adding and subtracting is not bitwise neutral, so one extra copy of the selected weights is kept between steps. There are two
-ways to use it. On the host the copy receives the displaced weights and each parameter points at it during the second
-pass: the true weights are never written. Elsewhere, and where a parameter is a view into a larger storage, others may
-hold its address (captured graphs, flat buffers, shards), so the copy receives the true weights and the parameter is
-displaced in place.
+Adding and subtracting is not bitwise neutral, so one extra copy of the selected weights is kept between steps.
+There are two ways to use it. On the host the copy receives the displaced weights and each parameter points at it
+during the second pass: the true weights are never written. Elsewhere, and where a parameter is a view into a
+larger storage, others may hold its address (captured graphs, flat buffers, shards), so the copy receives the true
+weights and the parameter is displaced in place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from gradreg import _vectors as vectors
-
 
 _GUARD = "gradreg"
 
@@ -41,7 +40,7 @@ class Displacement:
     """
 
     def __init__(self) -> None:
-        self._parameters: list[nn.Parameter] = []
+        self._places: list[tuple[nn.Parameter, int, torch.Size]] = []
         self._copies: list[Tensor] = []
         self._pointing: list[bool] = []
         self._true: list[Tensor] = []
@@ -52,7 +51,11 @@ class Displacement:
         return bool(self._true)
 
     def open(
-        self, modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter], step: Tensor, direction: Sequence[Tensor]
+        self,
+        modules: Sequence[nn.Module],
+        parameters: Sequence[nn.Parameter],
+        step: Tensor,
+        direction: Sequence[Tensor],
     ) -> None:
         """θ ← θ + step · direction. Call `close` whatever happens, also if this raises."""
         self._make_room(parameters)
@@ -76,15 +79,8 @@ class Displacement:
 
     def applied(self) -> list[Tensor]:
         """What was really added, displaced − true, after rounding; one temporary per parameter."""
-        pairs = zip(self._parameters, self._copies, self._true, self._pointing)
+        pairs = zip(self._parameters(), self._copies, self._true, self._pointing)
         return [c - t if pointing else p.data - c for p, c, t, pointing in pairs]
-
-    def take_applied(self) -> list[Tensor]:
-        """As `applied`, without new memory: destroys the displaced weights, so that only `close` may follow."""
-        taken = []
-        for p, copy, true, pointing in zip(self._parameters, self._copies, self._true, self._pointing):
-            taken.append(copy.sub_(true) if pointing else p.data.sub_(copy))
-        return taken
 
     def close(self) -> None:
         """Put the weights back, bitwise and in their own storage."""
@@ -94,7 +90,7 @@ class Displacement:
         if not self._true:
             return
         kept = []
-        for p, copy, true, pointing in zip(self._parameters, self._copies, self._true, self._pointing):
+        for p, copy, true, pointing in zip(self._parameters(), self._copies, self._true, self._pointing):
             if pointing:
                 p.data = true
             else:
@@ -104,16 +100,16 @@ class Displacement:
         self._true = []
         torch.clear_autocast_cache()
 
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for p, _, _ in self._places]
+
     def _make_room(self, parameters: Sequence[nn.Parameter]) -> None:
-        same = len(parameters) == len(self._parameters) and all(
-            p is q
-            and p.shape == c.shape
-            and p.dtype == c.dtype
-            and p.device == c.device
-            and p.stride() == c.stride()
-            for p, q, c in zip(parameters, self._parameters, self._copies)
+        places = [(p, p.data_ptr(), p.shape) for p in parameters]
+        same = len(places) == len(self._places) and all(
+            p is q and address == old_address and shape == old_shape
+            for (p, address, shape), (q, old_address, old_shape) in zip(places, self._places)
         )
         if not same:
-            self._parameters = list(parameters)
+            self._places = places
             self._copies = [torch.empty_like(p.data) for p in parameters]
-        self._pointing = [_may_point_elsewhere(p) for p in parameters]
+            self._pointing = [_may_point_elsewhere(p) for p in parameters]

@@ -42,18 +42,14 @@ def direction(
     """d, detached; None where there is no gradient."""
     present = [(i, g.detach()) for i, g in enumerate(gradients) if g is not None]
     with torch.no_grad():
-        values, scale = ascent(
-            [parameters[i].detach() for i, _ in present], [g for _, g in present], grad_scale
-        )
+        values, scale = ascent([parameters[i].detach() for i, _ in present], [g for _, g in present], grad_scale)
         chosen: list[Tensor | None] = [None] * len(gradients)
         for (i, _), value in zip(present, values):
             chosen[i] = value * scale
     return chosen
 
 
-def curvature_product(
-    gradients: Gradients, inputs: Sequence[Tensor], along: Gradients
-) -> list[Tensor | None]:
+def curvature_product(gradients: Gradients, inputs: Sequence[Tensor], along: Gradients) -> list[Tensor | None]:
     """H d, from a differentiable gradient; None where the gradient does not depend on an input."""
     pairs = [(g, d) for g, d in zip(gradients, along) if g is not None and g.requires_grad and d is not None]
     if not pairs:

@@ -18,9 +18,9 @@ _SCALER_MODULES = ("torch.amp.grad_scaler", "torch.cuda.amp.grad_scaler")
 class RegularizedOptimizer(torch.optim.Optimizer):
     r"""Runs the closure twice and hands the base optimizer $\hat g$.
 
-    `param_groups`, `state`, `defaults`, step hooks and whatever else a caller asks for are those of the base optimizer, so
-    schedulers, `add_param_group` and checkpoints work on it as before. `state_dict()` is the base's, with the regularizer's
-    step beside it under `"regularizer"`.
+    `param_groups`, `state`, `defaults`, step hooks and whatever else a caller asks for are those of the base
+    optimizer, so schedulers, `add_param_group` and checkpoints work on it as before. `state_dict()` is the base's,
+    with the regularizer's step beside it under `"regularizer"`.
 
     Args:
         base: a built optimizer, of torch.optim or any other, over the parameters of the regularizer's model.
@@ -28,8 +28,8 @@ class RegularizedOptimizer(torch.optim.Optimizer):
 
     Raises:
         TypeError: `base` is not an optimizer, or `regularizer` no regularizer.
-        ValueError: a base that must call the closure itself (LBFGS): the weights would move between its calls, and each
-            of them would need two passes.
+        ValueError: a base that must call the closure itself (LBFGS): the weights would move between its calls, and
+            each of them would need two passes.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -52,9 +52,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         if not isinstance(regularizer, GradientRegularizer):
             raise TypeError(f"regularizer must be a GradientRegularizer, got {regularizer!r}.")
         if isinstance(base, RegularizedOptimizer):
-            raise ValueError(
-                "base is a RegularizedOptimizer already; pass the optimizer inside it, base.base."
-            )
+            raise ValueError("base is a RegularizedOptimizer already; pass the optimizer inside it, base.base.")
         closure = inspect.signature(type(base).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise ValueError(
@@ -69,8 +67,9 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         """One step of the base optimizer along ĝ.
 
         Args:
-            closure: zeroes the gradients, runs forward and backward, returns the loss; it is called twice. Without it,
-                `.grad` must have been regularized since the last step, by `regularizer.backward` or `perturbed()`.
+            closure: zeroes the gradients, runs forward and backward, returns the loss; it is called twice. Without
+                it, `.grad` must have been regularized since the last step, by `regularizer.backward` or
+                `perturbed()`.
 
         Returns:
             the loss at θ, or None without a closure.

@@ -16,7 +16,8 @@ from gradreg.training.schedule import Schedule, check
 
 
 def sam(model: nn.Module, rho: Schedule, **options: Any) -> GradientRegularizer:
-    r"""Sharpness-aware minimization: $\hat g = \nabla L(\theta + \rho \, \nabla L / \|\nabla L\|)$, that is γ = ε = ρ.
+    r"""Sharpness-aware minimization: $\hat g = \nabla L(\theta + \rho \, \nabla L / \|\nabla L\|)$, that is γ = ε
+    = ρ.
 
     Args:
         model: the model.
@@ -38,7 +39,8 @@ def sam(model: nn.Module, rho: Schedule, **options: Any) -> GradientRegularizer:
 
 
 def asam(model: nn.Module, rho: Schedule, eta: float = 0.01, **options: Any) -> GradientRegularizer:
-    r"""Adaptive SAM: the radius is measured relative to each weight, $d = T^2 g_1 / \|T g_1\|$ with $T = |\theta| + \eta$.
+    r"""Adaptive SAM: the radius is measured relative to each weight, $d = T^2 g_1 / \|T g_1\|$ with $T = |\theta|
+    + \eta$.
 
     Args:
         model: the model.
@@ -61,7 +63,8 @@ def asam(model: nn.Module, rho: Schedule, eta: float = 0.01, **options: Any) -> 
 
 
 def gnp(model: nn.Module, radius: float, alpha: float, **options: Any) -> GradientRegularizer:
-    r"""Gradient-norm penalty $\lambda \|\nabla L\|$, not squared: $\hat g = (1-\alpha) g_1 + \alpha \, \nabla L(\theta + r g_1/\|g_1\|)$.
+    r"""Gradient-norm penalty $\lambda \|\nabla L\|$, not squared: $\hat g = (1-\alpha) g_1 + \alpha \, \nabla
+    L(\theta + r g_1/\|g_1\|)$.
 
     Args:
         model: the model.

@@ -27,9 +27,7 @@ class Inputs:
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], with_values: bool) -> None:
         tensors = [x.detach() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         self._shapes = [(tuple(x.shape), x.dtype) for x in tensors]
-        plain = [
-            x for x in tensors if x.device.type == "cpu" and x.layout is torch.strided and not is_traced(x)
-        ]
+        plain = [x for x in tensors if x.device.type == "cpu" and x.layout is torch.strided and not is_traced(x)]
         self._values = [x.clone() for x in plain] if with_values else []
 
     def check_same(self, other: Inputs) -> None:
@@ -49,7 +47,8 @@ class Recorder:
     """Remembers the forwards of a first pass, and holds those of a displaced pass against them.
 
     For `perturbed()`, a window begins with the first forward that finds no gradient (after `zero_grad()`), and ends
-    when a door closes. Evaluation under `no_grad` is not recorded. Values of inputs are compared in the first step only.
+    when a door closes. Evaluation under `no_grad` is not recorded. Values of inputs are compared in the first step
+    only.
     """
 
     def __init__(self, anatomy: Anatomy) -> None:

@@ -1,8 +1,8 @@
 r"""The regularizer: makes $\hat g = \nabla L + \gamma H d$ of a model's loss, in any loop.
 
 Three doors lead here. `backward` is handed the loss; `perturbed` opens around a second pass that someone else runs;
-`RegularizedOptimizer` (optimizer.py) is handed a closure and calls `run_closure`. What can go wrong is handled once, in
-second_pass.py.
+`RegularizedOptimizer` (optimizer.py) is handed a closure and calls `run_closure`. What can go wrong is handled
+once, in second_pass.py.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class GradientRegularizer:
 
     $$\hat g = g_1 + \frac\gamma\epsilon (g_2 - g_1), \qquad g_1 = \nabla L(\theta), \quad g_2 = \nabla L(\theta + \epsilon d)$$
 
-    The second gradient costs one more forward and backward pass, about twice plain training in all; γ = 0 costs nothing. The
-    weights are displaced for the second pass only, and put back bitwise.
+    The second gradient costs one more forward and backward pass, about twice plain training in all; γ = 0 costs
+    nothing. The weights are displaced for the second pass only, and put back bitwise.
 
     Args:
         model: the model, wrapped or not. It must own every trainable tensor of the loss.
@@ -49,16 +49,17 @@ class GradientRegularizer:
         epsilon: step length ε > 0 along the ascent, a number or a function of the step. γ = ε makes ĝ = g2.
         scheme: `forward` (F-GR), `backward` (B-GR), `central` (one pass more), `exact` (double backpropagation).
         ascent: `gradient` (d = g1), `normalized` (d = g1/‖g1‖), `adaptive` (ASAM), or an `Ascent`.
-        include: shell-style patterns over parameter names, module types, or predicates `(name, parameter) -> bool`; None
-            selects every parameter. What is not selected keeps g1 and never moves.
+        include: shell-style patterns over parameter names, module types, or predicates `(name, parameter) ->
+            bool`; None selects every parameter. What is not selected keeps g1 and never moves.
         exclude: the same; taken away from what `include` matched.
         cap: the largest allowed ‖ĝ − g1‖/‖g1‖, or None. Holds one more copy of the gradients.
-        nonfinite: what to leave in `.grad` when g1 is finite and the second gradient is not: `"keep"` leaves the non-finite ĝ,
-            so that a gradient scaler skips the step; `"first"` leaves g1, at one more copy of the gradients.
+        nonfinite: what to leave in `.grad` when g1 is finite and the second gradient is not: `"keep"` leaves the
+            non-finite ĝ, so that a gradient scaler skips the step; `"first"` leaves g1, at one more copy of the
+            gradients.
 
     Raises:
-        ValueError: γ < 0, ε ≤ 0, either not finite, an unknown scheme, ascent or policy, a rule that matches nothing, no
-            parameter left to select, or `exact` on a model that cannot be differentiated twice.
+        ValueError: γ < 0, ε ≤ 0, either not finite, an unknown scheme, ascent or policy, a rule that matches
+            nothing, no parameter left to select, or `exact` on a model that cannot be differentiated twice.
         TypeError: an argument of the wrong type.
 
     References:
@@ -144,21 +145,24 @@ class GradientRegularizer:
         r"""Add ĝ to `.grad`, as `loss.backward()` would add g1, and return L(θ), detached.
 
         Args:
-            loss_fn: runs the forward pass and returns the loss, a scalar with a graph. It is called once for each pass, so it
-                must not draw a new batch. The second call sees the random numbers and buffers of the first.
-            batches: the micro-batches of an accumulation window. `loss_fn(batch)` is called for each, and the loss is their
-                sum, as in a loop of `loss_fn(batch).backward()`: divide by their number inside for the mean. The
-                second pass replays them, which equals one large batch (joint GR). Without `batches`, calling this once for each
-                micro-batch regularizes each of them by itself (m-sharpness) and holds one more copy of the gradients.
+            loss_fn: runs the forward pass and returns the loss, a scalar with a graph. It is called once for each
+                pass, so it must not draw a new batch. The second call sees the random numbers and buffers of the
+                first.
+            batches: the micro-batches of an accumulation window. `loss_fn(batch)` is called for each, and the loss
+                is their sum, as in a loop of `loss_fn(batch).backward()`: divide by their number inside for the
+                mean. The second pass replays them, which equals one large batch (joint GR). Without `batches`,
+                calling this once for each micro-batch regularizes each of them by itself (m-sharpness) and holds
+                one more copy of the gradients.
             backward: runs the backward pass of a loss: `accelerator.backward`, `fabric.backward`, or
                 `lambda loss: scaler.scale(loss).backward()`.
-            grad_scale: the loss scale that `backward` applies: `.grad` holds `grad_scale` · ĝ, and the displacement does not
-                depend on it. The default measures it, as the factor by which `backward` multiplies the gradient of the loss; a
-                factor below 1 (a division by the number of micro-batches) is taken as part of the loss.
+            grad_scale: the loss scale that `backward` applies: `.grad` holds `grad_scale` · ĝ, and the
+                displacement does not depend on it. The default measures it, as the factor by which `backward`
+                multiplies the gradient of the loss; a factor below 1 (a division by the number of micro-batches)
+                is taken as part of the loss.
 
         Raises:
-            ValueError: a loss that is not a scalar or has no graph, an empty `batches`, a γ or ε that the schedule made
-                invalid, or a second pass on another batch. Weights, buffers and `.grad` are then what they were.
+            ValueError: a loss that is not a scalar or has no graph, an empty `batches`, a γ or ε that the schedule
+                made invalid, or a second pass on another batch. Weights, buffers and `.grad` are then what they were.
         """
         calls = [loss_fn] if batches is None else [partial(loss_fn, batch) for batch in batches]
         if not calls:
@@ -254,13 +258,13 @@ class GradientRegularizer:
                 criterion(model(x), y).backward()
             optimizer.step()
 
-        The block must run the forward and backward passes of the first pass again, in the same order; `zero_grad()` in it
-        does no harm. The random state and buffers of each forward are those of its counterpart. A step with γ = 0 still runs the
-        block, since Python cannot skip it, and leaves g1.
+        The block must run the forward and backward passes of the first pass again, in the same order;
+        `zero_grad()` in it does no harm. The random state and buffers of each forward are those of its
+        counterpart. A step with γ = 0 still runs the block, since Python cannot skip it, and leaves g1.
 
         Args:
-            grad_scale: the loss scale that `.grad` carries; divide it out first with `scaler.unscale_(optimizer)`, or pass
-                `scaler.get_scale()` and scale the loss in the block too.
+            grad_scale: the loss scale that `.grad` carries; divide it out first with `scaler.unscale_(optimizer)`,
+                or pass `scaler.get_scale()` and scale the loss in the block too.
 
         Raises:
             ValueError: the `central` or `exact` scheme, which one block cannot serve; no gradient to start from.
@@ -277,9 +281,7 @@ class GradientRegularizer:
                     "perturbed() starts from the gradient of the first pass, and no selected parameter has one: run "
                     "loss.backward() before, and zero_grad() before that, not in between."
                 )
-            second = (
-                None if strength is None else self._prepare(strength, grad_scale, self._recorder.num_forwards)
-            )
+            second = None if strength is None else self._prepare(strength, grad_scale, self._recorder.num_forwards)
             with self._recorder.displaced_pass():
                 if second is None or not second.is_needed:
                     parameters = [*self.selection.parameters, *self.selection.others]
@@ -410,9 +412,7 @@ class GradientRegularizer:
     ) -> None:
         """g1 stands in `.grad`; a second pass at θ makes Σ H_i d, since d is known only after the whole first pass."""
         selected = self.selection.parameters
-        along = double_backward.direction(
-            self._method.ascent, selected, [p.grad for p in selected], grad_scale
-        )
+        along = double_backward.direction(self._method.ascent, selected, [p.grad for p in selected], grad_scale)
         total: list[Tensor | None] = [None] * len(selected)
         with without_trace(self._anatomy, self.selection.all):
             before.restore()
@@ -424,16 +424,16 @@ class GradientRegularizer:
                         total[i] = scaled if total[i] is None else total[i] + scaled
         self._add_exact(total, strength, grad_scale)
 
-    def _add_exact(
-        self, penalty: Sequence[Tensor | None], strength: Strength, grad_scale: float | Tensor
-    ) -> None:
+    def _add_exact(self, penalty: Sequence[Tensor | None], strength: Strength, grad_scale: float | Tensor) -> None:
         selected = self.selection.parameters
         first = [p.grad for p in selected]
         measured = Measured(vectors.norm([g for g in first if g is not None]), strength.gamma)
+        measured.difference = [vectors.squared(h) for h in penalty if h is not None]
         with torch.no_grad():
             add_penalty(selected, first, penalty, measured, self._method.cap, self._method.fall_back)
         self._diagnostics.record(measured.first_norm / grad_scale, measured)
-        self._diagnostics.count(measured.first_norm.isfinite() & measured.is_finite())
+        norm = vectors.norm([p.grad for p in selected if p.grad is not None])
+        self._diagnostics.count(measured.first_norm.isfinite() & (measured.first_norm > 0) & norm.isfinite())
 
     # What the user reads and saves.
 
@@ -443,9 +443,10 @@ class GradientRegularizer:
         - `grad_norm`: ‖g1‖ over the selected parameters, without the loss scale.
         - `penalty_ratio`: ‖ĝ − g1‖/‖g1‖, the scale-free dial for γ.
         - `cosine`: of g1 and g2; near 1 where the loss is flat along d. NaN for `exact`, which has no g2.
-        - `realized`: displacement after rounding against the intended one (`cosine`, `norm`). Measured in every step for
-          weights below float32, else in the first step and in the step after each reading.
-        - `active_steps`, `skipped_steps`: steps with γ > 0 whose gradients were all finite and not zero, and the others.
+        - `realized`: displacement after rounding against the intended one (`cosine`, `norm`). Measured in every
+          step for weights below float32, else in the first step and in the step after each reading.
+        - `active_steps`, `skipped_steps`: steps with γ > 0 whose gradients were all finite and not zero, and the
+        others.
         """
         return self._diagnostics.read()
 
@@ -474,9 +475,7 @@ def _checked(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss_fn must return the loss as a tensor, got {type(loss).__name__}.")
     if loss.numel() != 1:
-        raise ValueError(
-            f"loss_fn must return a scalar, got shape {tuple(loss.shape)}: reduce it, e.g. loss.mean()."
-        )
+        raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}: reduce it, e.g. loss.mean().")
     if not loss.requires_grad:
         raise ValueError(
             "loss_fn returned a loss without a graph: run the forward pass in it, not under torch.no_grad(), and do not "

@@ -24,7 +24,7 @@ def _check_count(name: str, value: int, least: int) -> None:
 
 
 @dataclass(frozen=True)
-class warmup:  # noqa: N801  (reads as a function: gamma=warmup(0.1, 500))
+class warmup:
     """Rises linearly from 0 at step 0 to `value` at step `num_steps`, and stays.
 
     With Adam and learning-rate warm-up, γ from the first step on can hurt (Zhao, 2024); with plain SGD a large γ may
@@ -47,7 +47,7 @@ class warmup:  # noqa: N801  (reads as a function: gamma=warmup(0.1, 500))
 
 
 @dataclass(frozen=True)
-class late:  # noqa: N801
+class late:
     """0 before step `start`, `value` from it on (and 0 again from `stop`, if given): no cost outside the window.
 
     Example:
@@ -70,7 +70,7 @@ class late:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class every:  # noqa: N801
+class every:
     """`value` on every `period`-th step, 0 on the others: the average cost falls to 1 + 1/period.
 
     Example:
@@ -116,9 +116,7 @@ _WAYS_OUT = {
 def _check_value(name: str, value: float, when: str) -> float:
     lowest = "≥ 0" if name == "gamma" else "> 0"
     if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise TypeError(
-            f"{name} must be a finite number {lowest} or a function of the step, got {value!r}{when}."
-        )
+        raise TypeError(f"{name} must be a finite number {lowest} or a function of the step, got {value!r}{when}.")
     number = float(value)
     if not math.isfinite(number) or number < 0 or (number == 0 and name != "gamma"):
         way_out = _WAYS_OUT.get(name, "For no displacement train without the regularizer.")

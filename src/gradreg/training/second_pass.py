@@ -1,8 +1,8 @@
 """What happens between g1 and ĝ: gradients taken aside, weights displaced, the passes run, everything put back.
 
-All three doors go through here. Whatever a displaced pass does, on leaving the weights, the buffers and the random state are
-those that the first pass left, and gradients outside the selection are what the first pass made them. After an exception
-all gradients are cleared: a half-made sum must not be mistaken for a gradient.
+All three doors go through here. Whatever a displaced pass does, on leaving the weights, the buffers and the random
+state are those that the first pass left, and gradients outside the selection are what the first pass made them.
+After an exception all gradients are cleared: a half-made sum must not be mistaken for a gradient.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ def dropping_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
     def drop(p: Tensor) -> None:
         p.grad = None
 
-    handles = [
-        p.register_post_accumulate_grad_hook(drop) for p in parameters if p.is_leaf and p.requires_grad
-    ]
+    handles = [p.register_post_accumulate_grad_hook(drop) for p in parameters if p.is_leaf and p.requires_grad]
     try:
         yield
     finally:
@@ -149,7 +147,7 @@ class SecondPass:
         stencil = self._method.scheme.stencil
         node, weight = stencil[k]
         is_last = k == len(stencil) - 1
-        measured = Measured(self._norm, self._strength.ratio * weight)
+        measured = Measured(self._norm, self._strength.ratio * weight, self._diagnostics.is_wanted)
         with ExitStack() as stack:
             stack.callback(self._displacement.close)
             self._displace(node * self._strength.epsilon)
@@ -180,10 +178,8 @@ class SecondPass:
             step = torch.where(self._usable, torch.full_like(self._norm, radius) * scale, 0.0)
             self._displacement.open(self._anatomy.modules, parameters, step, direction)
             low_precision = vectors.is_low_precision(parameters)
-            if low_precision or self._diagnostics.wants_realized:
-                self._diagnostics.record_realized(
-                    self._displacement.applied(), step, direction, low_precision
-                )
+            if low_precision or self._diagnostics.is_wanted:
+                self._diagnostics.record_realized(self._displacement.applied(), step, direction, low_precision)
 
     def _conclude(self, measured: Measured) -> None:
         if not vectors.is_readable(self._usable):
