@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import (
+    Tensor,
+    _foreach_norm,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 Vectors = Sequence[Tensor]
 
@@ -37,7 +40,7 @@ def is_low_precision(tensors: Vectors) -> bool:
 
 
 def is_traced(t: Tensor) -> bool:
-    return torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return torch._C._functorch.is_functorch_wrapped_tensor(t)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_readable(t: Tensor) -> bool:
@@ -70,13 +73,21 @@ def norm(tensors: Vectors) -> Tensor:
     alike = all(t.dtype == first.dtype and t.device == first.device for t in tensors)
     if first.is_cpu or not alike or first.is_complex() or any(t.is_sparse or is_traced(t) for t in tensors):
         return total([squared(t) for t in tensors]).sqrt()
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, wide(first.dtype))))
+    parts = _foreach_norm(list(tensors), 2, wide(first.dtype))
+    return torch.linalg.vector_norm(torch.stack(parts))
 
 
 def dot(xs: Vectors, ys: Vectors) -> Tensor:
     """⟨x, y⟩ over all tensors together."""
     pairs = [(_reals(x), _reals(y)) for x, y in zip(xs, ys)]
     return total([torch.dot(x.flatten().to(wide(x.dtype)), y.flatten().to(wide(y.dtype))) for x, y in pairs])
+
+
+def copy_(targets: Vectors, sources: Vectors) -> None:
+    """targets ← sources, outside of autograd."""
+    if targets:
+        with torch.no_grad():
+            torch._foreach_copy_(list(targets), list(sources))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def safe_reciprocal(x: Tensor) -> Tensor:

@@ -8,14 +8,15 @@ uses plain tensor operations only, so it serves the training engine and `torch.f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gradreg._vectors import norm, safe_reciprocal
+from gradreg._vectors import Vectors, norm, safe_reciprocal
+
+Scale = float | Tensor
 
 
 class Ascent(Protocol):
@@ -25,16 +26,14 @@ class Ascent(Protocol):
     ascent that is not scale-free divides its `scale` by it.
     """
 
-    def __call__(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], grad_scale: float | Tensor = 1.0
-    ) -> tuple[Sequence[Tensor], float | Tensor]: ...
+    def __call__(self, params: Vectors, grads: Vectors, grad_scale: Scale = 1.0) -> tuple[Vectors, Scale]: ...
 
 
 @dataclass(frozen=True)
 class Gradient:
     r"""$d = \nabla L$: the ascent step of F-GR, not normalized (Karakida et al., ICML 2023)."""
 
-    def __call__(self, params, grads, grad_scale=1.0):
+    def __call__(self, params: Vectors, grads: Vectors, grad_scale: Scale = 1.0) -> tuple[Vectors, Scale]:
         del params
         return grads, 1.0 / grad_scale
 
@@ -46,7 +45,7 @@ class Normalized:
     The zero gradient gives the zero direction.
     """
 
-    def __call__(self, params, grads, grad_scale=1.0):
+    def __call__(self, params: Vectors, grads: Vectors, grad_scale: Scale = 1.0) -> tuple[Vectors, Scale]:
         del params, grad_scale  # scale-free
         return grads, safe_reciprocal(norm(grads))
 
@@ -70,7 +69,7 @@ class Adaptive:
         if not (math.isfinite(self.eta) and self.eta >= 0):
             raise ValueError(f"eta must be a finite number ≥ 0, got {self.eta}.")
 
-    def __call__(self, params, grads, grad_scale=1.0):
+    def __call__(self, params: Vectors, grads: Vectors, grad_scale: Scale = 1.0) -> tuple[Vectors, Scale]:
         del grad_scale  # scale-free
         dense = [g.to_dense() if g.is_sparse else g for g in grads]
         scales = [torch.ones_like(p) if self.weights_only and p.ndim < 2 else p.abs() + self.eta for p in params]

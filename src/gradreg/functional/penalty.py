@@ -32,7 +32,7 @@ def penalty(loss_fn: LossFn, params: Params) -> Tensor:
         tensor(12.5000)
     """
     grads, _ = tree_flatten(torch.func.grad(loss_fn)(params))
-    return sum((g.abs() ** 2).sum() for g in grads) / 2
+    return torch.stack([(g.abs() ** 2).sum() for g in grads]).sum() / 2
 
 
 def directional_derivative(
@@ -60,9 +60,8 @@ def directional_derivative(
     leaves, tree = tree_flatten(params)
     steps, _ = tree_flatten(direction)
     if scheme.is_exact:
-        gradient, pullback = torch.func.vjp(grad, params)  # H is symmetric: dᵀH = (Hd)ᵀ
-        del gradient
-        return pullback(direction)[0]
+        _, pullback, *_ = torch.func.vjp(grad, params)
+        return pullback(direction)[0]  # H is symmetric: dᵀH = (Hd)ᵀ
     if not isinstance(epsilon, Tensor) and not (
         isinstance(epsilon, (int, float)) and math.isfinite(epsilon) and epsilon > 0
     ):
@@ -109,7 +108,7 @@ def penalty_gradient(
         ValueError: an unknown scheme or ascent, or ε that is not a positive number.
 
     References:
-        Karakida et al., [Understanding Gradient Regularization in Deep Learning](https://arxiv.org/abs/2210.02720), ICML 2023.
+        Karakida et al., [Understanding Gradient Regularization](https://arxiv.org/abs/2210.02720), ICML 2023.
 
     Example:
         >>> theta = [torch.tensor([1.0, -2.0])]

@@ -4,7 +4,8 @@ $$\hat g = g_1 + c \sum_k w_k (g_k - g_1), \qquad c = \gamma/\epsilon,$$
 
 with the stencil weights $w_k$ of the scheme ($w_1 = 1$ for `forward`). Every parameter is combined inside the
 backward pass, the moment its second gradient exists: it is still in the cache, its memory is given back at once
-(so that no second copy of the gradients is ever held), and it does not matter whether a closure calls `zero_grad()` first.
+(so that no second copy of the gradients is ever held), and it does not matter whether a closure calls
+`zero_grad()` first.
 
 A combination is *deferred* to the end of the pass where the whole of g2 must be known first: for a cap on the
 penalty, for the policy that falls back to g1, and where one pass holds several backward passes. That holds g2
@@ -32,14 +33,17 @@ class Measured:
     """Squared lengths in the units of `.grad`, one for each parameter as it arrives."""
 
     first_norm: Tensor  # ‖g1‖
-    weight: float | Tensor  # ĝ = g1 + weight · difference
+    weight: float  # ĝ = g1 + weight · difference
     wanted: bool = True  # else only ‖g2‖ is measured, which tells whether g2 is finite
     second: list[Tensor] = field(default_factory=list)  # ‖g2‖²; none for the exact scheme
     distance: list[Tensor] = field(default_factory=list)  # ‖g2 − g1‖²
     difference: list[Tensor] = field(default_factory=list)
+    ratio: Tensor | None = None  # ‖ĝ − g1‖/‖g1‖, where it was needed to make ĝ
 
     def penalty_ratio(self) -> Tensor:
         """‖ĝ − g1‖ / ‖g1‖."""
+        if self.ratio is not None:
+            return self.ratio
         length = abs(self.weight) * vectors.total(self.difference).sqrt()
         return length * vectors.safe_reciprocal(self.first_norm)
 
@@ -200,19 +204,20 @@ def add_penalty(
     """`.grad` ← g1 + weight · difference, with one weight for all: lowered to the cap, or 0 where not finite."""
     present = [d for d in differences if d is not None]
     length = vectors.norm(present) if present else torch.zeros(())
+    weight = torch.full_like(length, measured.weight)
     if cap is not None:
         largest = cap * measured.first_norm.to(length) * vectors.safe_reciprocal(length)
-        weight = torch.full_like(length, measured.weight)
-        measured.weight = weight.sign() * torch.minimum(weight.abs(), largest)
+        weight = weight.sign() * torch.minimum(weight.abs(), largest)
+    usable = length.isfinite() if fall_back else torch.ones_like(length, dtype=torch.bool)
+    ratio = weight.abs() * length * vectors.safe_reciprocal(measured.first_norm)
+    measured.ratio = torch.where(usable, ratio, 0.0)
     for p, g, difference in zip(parameters, first, differences):
         if difference is None:
             p.grad = g
             continue
-        combined = _add(g, difference, measured.weight)
-        if fall_back:
-            unchanged = torch.zeros_like(combined) if g is None else g
-            combined = torch.where(length.isfinite().to(combined.device), combined, unchanged)
-        p.grad = combined
+        origin = torch.zeros_like(p) if g is None else g
+        combined = _add(origin, difference, weight)
+        p.grad = torch.where(usable.to(p.device), combined, origin) if fall_back else combined
 
 
 def _add(first: Tensor | None, difference: Tensor, weight: float | Tensor) -> Tensor:

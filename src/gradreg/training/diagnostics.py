@@ -63,9 +63,9 @@ class Diagnostics:
         if self._low_precision and not self._warned and kept < 0.5:
             self._warned = True
             warnings.warn(
-                f"Rounding realized only {kept:.0%} of the displacement εd, since the weights are stored in low precision: "
-                'the penalty is mostly noise. Use a larger epsilon, ascent="normalized", or float32 weights (autocast '
-                "may still compute in low precision).",
+                f"Rounding realized only {kept:.0%} of the displacement εd, since the weights are stored in low "
+                'precision: the penalty is mostly noise. Use a larger epsilon, ascent="normalized", or float32 weights '
+                "(autocast may still compute in low precision).",
                 UserWarning,
                 stacklevel=2,
             )

@@ -63,7 +63,7 @@ class Displacement:
         true = [p.data for p in parameters]
         in_place = [i for i, pointing in enumerate(self._pointing) if not pointing]
         if in_place:
-            torch._foreach_copy_([self._copies[i] for i in in_place], [true[i] for i in in_place])
+            vectors.copy_([self._copies[i] for i in in_place], [true[i] for i in in_place])
         self._true = true
         # register_state_dict_pre_hook, without a handle for each module: this runs in every step.
         self._guarded = [m for m in modules if m._parameters]
@@ -96,7 +96,7 @@ class Displacement:
             else:
                 kept.append((true, copy))
         if kept:
-            torch._foreach_copy_([true for true, _ in kept], [copy for _, copy in kept])
+            vectors.copy_([true for true, _ in kept], [copy for _, copy in kept])
         self._true = []
         torch.clear_autocast_cache()
 

@@ -6,13 +6,17 @@ pass: more memory, and no fused attention, compiled module or DistributedDataPar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from gradreg import _vectors as vectors
 from gradreg.functional.ascents import Ascent
-from gradreg.training.combination import Gradients
+from gradreg.training.combination import Gradients, Measured, add_penalty, give_gradients
+from gradreg.training.diagnostics import Diagnostics
+from gradreg.training.loss import checked
+from gradreg.training.second_pass import Method
 
 
 def check_supported(model: nn.Module) -> None:
@@ -31,12 +35,69 @@ def check_supported(model: nn.Module) -> None:
             )
 
 
-def differentiable_gradient(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+class ExactPenalty:
+    """Adds γ H d to the gradient of a step.
+
+    Args:
+        selected: the penalized parameters.
+        method: its ascent, cap and policy.
+        gamma: γ of this step.
+        diagnostics: receives the measurements.
+    """
+
+    def __init__(
+        self, selected: Sequence[nn.Parameter], method: Method, gamma: float, diagnostics: Diagnostics
+    ) -> None:
+        self._selected = selected
+        self._method = method
+        self._gamma = gamma
+        self._diagnostics = diagnostics
+
+    def in_one_pass(self, loss_fn: Callable[[], Tensor], others: Sequence[nn.Parameter]) -> Tensor:
+        """From one loss, whose gradient is differentiated on the spot; `others` receive g1."""
+        parameters = [*self._selected, *(p for p in others if p.requires_grad)]
+        loss = checked(loss_fn())
+        first = _differentiable_gradient(loss, parameters)
+        mine = first[: len(self._selected)]
+        along = _direction(self._method.ascent, self._selected, mine, 1.0)
+        penalty = _curvature_product(mine, self._selected, along)
+        give_gradients(parameters, [None if g is None else g.detach() for g in first])
+        self.add(penalty, 1.0)
+        return loss.detach()
+
+    def of_window(
+        self, calls: Sequence[Callable[[], Tensor]], factors: Sequence[Tensor], first: Gradients, scale: float | Tensor
+    ) -> list[Tensor | None]:
+        """Σ H_i d over the losses of a window, where d is known only after all of its first pass."""
+        along = _direction(self._method.ascent, self._selected, first, scale)
+        total: list[Tensor | None] = [None] * len(self._selected)
+        for k, call in enumerate(calls):
+            gradient = _differentiable_gradient(call(), self._selected)
+            for i, product in enumerate(_curvature_product(gradient, self._selected, along)):
+                if product is not None:
+                    scaled = factors[k] * product if factors else product
+                    before = total[i]
+                    total[i] = scaled if before is None else before + scaled
+        return total
+
+    def add(self, penalty: Gradients, grad_scale: float | Tensor) -> None:
+        """`.grad` ← g1 + γ H d."""
+        first = [p.grad for p in self._selected]
+        norm = vectors.norm([g for g in first if g is not None])
+        measured = Measured(norm, self._gamma)
+        with torch.no_grad():
+            add_penalty(self._selected, first, penalty, measured, self._method.cap, self._method.fall_back)
+        result = vectors.norm([p.grad for p in self._selected if p.grad is not None])
+        self._diagnostics.record(norm / grad_scale, measured)
+        self._diagnostics.count(norm.isfinite() & (norm > 0) & result.isfinite())
+
+
+def _differentiable_gradient(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
     """∇ loss with its own graph; None where the loss does not depend on an input."""
     return list(torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True))
 
 
-def direction(
+def _direction(
     ascent: Ascent, parameters: Sequence[Tensor], gradients: Gradients, grad_scale: float | Tensor
 ) -> list[Tensor | None]:
     """d, detached; None where there is no gradient."""
@@ -49,7 +110,7 @@ def direction(
     return chosen
 
 
-def curvature_product(gradients: Gradients, inputs: Sequence[Tensor], along: Gradients) -> list[Tensor | None]:
+def _curvature_product(gradients: Gradients, inputs: Sequence[Tensor], along: Gradients) -> list[Tensor | None]:
     """H d, from a differentiable gradient; None where the gradient does not depend on an input."""
     pairs = [(g, d) for g, d in zip(gradients, along) if g is not None and g.requires_grad and d is not None]
     if not pairs:

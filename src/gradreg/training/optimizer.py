@@ -99,8 +99,8 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         # torch.distributed.checkpoint makes the state of an optimizer by a step with lr = 0 and no closure.
         if not is_regularized and not moves_nothing:
             raise ValueError(
-                "step() needs a closure, or gradients that were regularized since the last step: call step(closure) with a "
-                "closure that runs zero_grad, forward and backward, or regularizer.backward(loss_fn) before "
+                "step() needs a closure, or gradients that were regularized since the last step: call step(closure) "
+                "with a closure that runs zero_grad, forward and backward, or regularizer.backward(loss_fn) before "
                 "step(). For a step without the penalty use optimizer.base.step()."
             )
 
@@ -112,7 +112,9 @@ class RegularizedOptimizer(torch.optim.Optimizer):
     # Everything else is the base's.
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self,
+    ) -> list[dict[str, Any]]:
         return self.base.param_groups
 
     @param_groups.setter
@@ -120,7 +122,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         self.base.param_groups = value
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.base.state
 
     @state.setter
@@ -128,7 +130,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         self.base.state = value
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         return self.base.defaults
 
     @defaults.setter
@@ -181,7 +183,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
 
 
 def _called_by_scaler() -> bool:
-    """Whether a GradScaler stands above us: `scaler.step(optimizer, closure)` reaches step() without a trace but this."""
+    """Whether a GradScaler stands above us: `scaler.step(optimizer, closure)` leaves no other trace."""
     frame = sys._getframe(2)
     for _ in range(8):  # scaler.step, its helper, and wrappers of schedulers and profilers
         if frame is None:

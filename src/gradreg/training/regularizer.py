@@ -18,27 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradreg import _vectors as vectors
 from gradreg.functional.ascents import Ascent, resolve_ascent
 from gradreg.functional.schemes import Scheme, resolve_scheme
-from gradreg.training import double_backward
 from gradreg.training.anatomy import Anatomy
-from gradreg.training.combination import Measured, add_penalty, give_gradients, take_gradients
+from gradreg.training.combination import give_gradients, take_gradients
 from gradreg.training.diagnostics import Diagnostics, Realized
 from gradreg.training.displacement import Displacement
+from gradreg.training.double_backward import ExactPenalty, check_supported
+from gradreg.training.loss import Backward, differentiate, leaves
 from gradreg.training.recorder import Recorder
 from gradreg.training.replay import Moment
 from gradreg.training.schedule import Schedule, Strength, check, strength_at
 from gradreg.training.second_pass import Method, SecondPass, dropping_gradients, without_trace
 from gradreg.training.selection import Rules, Selection
 
-Backward = Callable[[Tensor], Any]
-
 
 class GradientRegularizer:
     r"""Minimizes $L(\theta) + \frac\gamma2 \|\nabla L(\theta)\|^2$ by replacing the gradient that the optimizer sees.
 
-    $$\hat g = g_1 + \frac\gamma\epsilon (g_2 - g_1), \qquad g_1 = \nabla L(\theta), \quad g_2 = \nabla L(\theta + \epsilon d)$$
+    $$\hat g = g_1 + \tfrac\gamma\epsilon (g_2 - g_1), \; g_1 = \nabla L(\theta), \; g_2 = \nabla L(\theta + \epsilon d)$$
 
     The second gradient costs one more forward and backward pass, about twice plain training in all; γ = 0 costs
     nothing. The weights are displaced for the second pass only, and put back bitwise.
@@ -63,7 +61,7 @@ class GradientRegularizer:
         TypeError: an argument of the wrong type.
 
     References:
-        Karakida et al., [Understanding Gradient Regularization in Deep Learning](https://arxiv.org/abs/2210.02720), ICML 2023.
+        Karakida et al., [Understanding Gradient Regularization](https://arxiv.org/abs/2210.02720), ICML 2023.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -102,7 +100,7 @@ class GradientRegularizer:
         self.epsilon = epsilon
         self._method = Method(resolve_scheme(scheme), resolve_ascent(ascent), cap, nonfinite == "first")
         if self._method.scheme.is_exact:
-            double_backward.check_supported(model)
+            check_supported(model)
         self.model = model
         self.selection = Selection(model, include, exclude)
         self.step = 0  # closed second passes, and what would have been one
@@ -170,7 +168,7 @@ class GradientRegularizer:
         with self._door():
             strength = strength_at(self.gamma, self.epsilon, self.step)
             if strength is None:
-                losses = [_run(call, backward) for call in calls]
+                losses = [differentiate(call, backward) for call in calls]
             else:
                 with self._adding_to_gradients():
                     losses = self._regularize(calls, strength, backward, grad_scale)
@@ -183,13 +181,14 @@ class GradientRegularizer:
         backward: Backward,
         grad_scale: float | Tensor,
     ) -> list[Tensor]:
+        exact = ExactPenalty(self.selection.parameters, self._method, strength.gamma, self._diagnostics)
         if self._method.scheme.is_exact and len(calls) == 1 and backward is Tensor.backward:
-            return [self._exact_in_one_pass(calls[0], strength)]
+            return [exact.in_one_pass(calls[0], self.selection.others)]
         before = Moment(self._anatomy)
         factors: list[Tensor] = []
         try:
             with self._recorder.first_pass():
-                losses = [_run(call, backward, factors, self._check_leaves) for call in calls]
+                losses = [differentiate(call, backward, factors, self._check_leaves) for call in calls]
         except BaseException:
             before.restore()
             raise
@@ -197,7 +196,11 @@ class GradientRegularizer:
         if factors and not isinstance(grad_scale, Tensor) and grad_scale == 1:
             grad_scale = factors[0].clamp(min=1)
         if self._method.scheme.is_exact:
-            self._exact_in_two_passes(calls, factors, before, strength, grad_scale)
+            first = [p.grad for p in self.selection.parameters]
+            with without_trace(self._anatomy, self.selection.all):
+                before.restore()
+                penalty = exact.of_window(calls, factors, first, grad_scale)
+            exact.add(penalty, grad_scale)
             return losses
 
         def replay() -> None:
@@ -296,9 +299,10 @@ class GradientRegularizer:
     # The third door.
 
     def run_closure(self, closure: Callable[[], Any], others: Sequence[Tensor] = ()) -> Any:
-        """Both passes by a closure that zeroes gradients, runs forward and backward and returns the loss; `.grad` holds ĝ.
+        """Both passes by a closure that zeroes gradients, runs forward and backward and returns the loss.
 
-        `RegularizedOptimizer.step(closure)` calls this; `others` are its parameters outside the model.
+        `RegularizedOptimizer.step(closure)` calls this; `.grad` then holds ĝ. `others` are its parameters outside
+        the model.
         """
         if self._method.scheme.is_exact:
             raise ValueError(
@@ -379,61 +383,15 @@ class GradientRegularizer:
         if not self._is_first_call:
             return
         known = set(self.selection.all)
-        strangers = [tuple(leaf.shape) for leaf in _leaves(loss) if leaf not in known]
+        strangers = [tuple(leaf.shape) for leaf in leaves(loss) if leaf not in known]
         if strangers:
             warnings.warn(
-                f"the loss depends on {len(strangers)} trainable tensors outside the model (shapes {strangers[:3]}): both "
-                "passes add to their .grad. Give the regularizer a model that owns them, such as nn.ModuleList([...]), or "
-                "clear their .grad before you use it.",
+                f"the loss depends on {len(strangers)} trainable tensors outside the model (shapes {strangers[:3]}): "
+                "both passes add to their .grad. Give the regularizer a model that owns them, such as "
+                "nn.ModuleList([...]), or clear their .grad before you use it.",
                 UserWarning,
                 stacklevel=7,
             )
-
-    # The exact scheme.
-
-    def _exact_in_one_pass(self, call: Callable[[], Tensor], strength: Strength) -> Tensor:
-        selected, others = self.selection.parameters, [p for p in self.selection.others if p.requires_grad]
-        loss = _checked(call())
-        first = double_backward.differentiable_gradient(loss, [*selected, *others])
-        mine = first[: len(selected)]
-        along = double_backward.direction(self._method.ascent, selected, mine, 1.0)
-        penalty = double_backward.curvature_product(mine, selected, along)
-        give_gradients([*selected, *others], [None if g is None else g.detach() for g in first])
-        self._add_exact(penalty, strength, 1.0)
-        return loss.detach()
-
-    def _exact_in_two_passes(
-        self,
-        calls: Sequence[Callable[[], Tensor]],
-        factors: Sequence[Tensor],
-        before: Moment,
-        strength: Strength,
-        grad_scale: float | Tensor,
-    ) -> None:
-        """g1 stands in `.grad`; a second pass at θ makes Σ H_i d, since d is known only after the whole first pass."""
-        selected = self.selection.parameters
-        along = double_backward.direction(self._method.ascent, selected, [p.grad for p in selected], grad_scale)
-        total: list[Tensor | None] = [None] * len(selected)
-        with without_trace(self._anatomy, self.selection.all):
-            before.restore()
-            for k, call in enumerate(calls):
-                first = double_backward.differentiable_gradient(call(), selected)
-                for i, h in enumerate(double_backward.curvature_product(first, selected, along)):
-                    if h is not None:
-                        scaled = factors[k] * h if factors else h
-                        total[i] = scaled if total[i] is None else total[i] + scaled
-        self._add_exact(total, strength, grad_scale)
-
-    def _add_exact(self, penalty: Sequence[Tensor | None], strength: Strength, grad_scale: float | Tensor) -> None:
-        selected = self.selection.parameters
-        first = [p.grad for p in selected]
-        measured = Measured(vectors.norm([g for g in first if g is not None]), strength.gamma)
-        measured.difference = [vectors.squared(h) for h in penalty if h is not None]
-        with torch.no_grad():
-            add_penalty(selected, first, penalty, measured, self._method.cap, self._method.fall_back)
-        self._diagnostics.record(measured.first_norm / grad_scale, measured)
-        norm = vectors.norm([p.grad for p in selected if p.grad is not None])
-        self._diagnostics.count(measured.first_norm.isfinite() & (measured.first_norm > 0) & norm.isfinite())
 
     # What the user reads and saves.
 
@@ -469,47 +427,3 @@ class GradientRegularizer:
                 raise ValueError(f"state_dict[{name!r}] must be an integer ≥ 0, got {value!r}.")
         self.step = state_dict["step"]
         self._diagnostics.load_state_dict(state_dict)
-
-
-def _checked(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"loss_fn must return the loss as a tensor, got {type(loss).__name__}.")
-    if loss.numel() != 1:
-        raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}: reduce it, e.g. loss.mean().")
-    if not loss.requires_grad:
-        raise ValueError(
-            "loss_fn returned a loss without a graph: run the forward pass in it, not under torch.no_grad(), and do not "
-            "detach the loss."
-        )
-    return loss
-
-
-def _run(
-    call: Callable[[], Tensor],
-    backward: Backward,
-    factors: list[Tensor] | None = None,
-    check: Callable[[Tensor], None] = lambda loss: None,
-) -> Tensor:
-    """One forward and backward pass; `factors` receives what a `backward` of the user's multiplies gradients by."""
-    loss = _checked(call())
-    check(loss)
-    if factors is None or backward is Tensor.backward:
-        backward(loss)
-    else:
-        handle = loss.register_hook(lambda factor: factors.append(factor.detach()))
-        backward(loss)
-        handle.remove()
-    return loss.detach()
-
-
-def _leaves(loss: Tensor) -> Iterator[Tensor]:
-    """The trainable tensors that a loss depends on."""
-    nodes, seen = [loss.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        nodes.extend(child for child, _ in node.next_functions)

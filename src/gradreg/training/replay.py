@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from gradreg import _vectors as vectors
 from gradreg.training.anatomy import Anatomy
 
 
@@ -50,20 +50,14 @@ class Buffers:
         seen = {id(buffer): buffer for _, _, buffer in self._places if buffer is not None}
         self._tensors = list(seen.values())
         self._values = [torch.empty_like(t) for t in self._tensors]
-        _copy(self._values, self._tensors)
+        vectors.copy_(self._values, self._tensors)
 
     def restore(self) -> None:
         """In place; a buffer that was replaced by another tensor becomes the old tensor again."""
         for owner, name, buffer in self._places:
             if owner.get(name) is not buffer:
                 owner[name] = buffer
-        _copy(self._tensors, self._values)
-
-
-@torch.no_grad()
-def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(targets, sources)
+        vectors.copy_(self._tensors, self._values)
 
 
 class Moment:

@@ -172,7 +172,7 @@ class SecondPass:
     def _displace(self, radius: float) -> None:
         moving = [i for i, g in enumerate(self._first) if g is not None]
         parameters = [self._parameters[i] for i in moving]
-        gradients = [self._first[i] for i in moving]
+        gradients = [g for g in self._first if g is not None]
         with torch.no_grad():
             direction, scale = self._method.ascent([p.data for p in parameters], gradients, self._grad_scale)
             step = torch.where(self._usable, torch.full_like(self._norm, radius) * scale, 0.0)

@@ -1,0 +1,59 @@
+"""One call of the user's loss function, and what is refused about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+Backward = Callable[[Tensor], Any]
+
+
+def checked(loss: Any) -> Tensor:
+    """The loss, if it can be differentiated."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss_fn must return the loss as a tensor, got {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}: reduce it, e.g. loss.mean().")
+    if not loss.requires_grad:
+        raise ValueError(
+            "loss_fn returned a loss without a graph: run the forward pass in it, not under torch.no_grad(), and do "
+            "not detach the loss."
+        )
+    return loss
+
+
+def differentiate(
+    loss_fn: Callable[[], Any],
+    backward: Backward,
+    factors: list[Tensor] | None = None,
+    check: Callable[[Tensor], None] = lambda loss: None,
+) -> Tensor:
+    """A forward and a backward pass; the loss, detached.
+
+    `factors` receives what a `backward` of the user's multiplies gradients by, such as a loss scale.
+    """
+    loss = checked(loss_fn())
+    check(loss)
+    if factors is None or backward is Tensor.backward:
+        backward(loss)
+    else:
+        handle = loss.register_hook(lambda factor: factors.append(factor.detach()))
+        backward(loss)
+        handle.remove()
+    return loss.detach()
+
+
+def leaves(loss: Tensor) -> Iterator[Tensor]:
+    """The trainable tensors that a loss depends on."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            yield variable
+        nodes.extend(child for child, _ in node.next_functions)
