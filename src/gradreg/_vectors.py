@@ -77,10 +77,10 @@ def norm(tensors: Vectors) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(parts))
 
 
-def dot(xs: Vectors, ys: Vectors) -> Tensor:
-    """⟨x, y⟩ over all tensors together."""
-    pairs = [(_reals(x), _reals(y)) for x, y in zip(xs, ys)]
-    return total([torch.dot(x.flatten().to(wide(x.dtype)), y.flatten().to(wide(y.dtype))) for x, y in pairs])
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """⟨x, y⟩ of two tensors of one shape."""
+    x, y = _reals(x.to_dense()), _reals(y.to_dense())
+    return torch.dot(x.flatten().to(wide(x.dtype)), y.flatten().to(wide(y.dtype)))
 
 
 def copy_(targets: Vectors, sources: Vectors) -> None:

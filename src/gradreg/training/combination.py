@@ -111,11 +111,15 @@ class Combination:
         self._deferred = deferred or self._together
         self._cap = cap
         self._fall_back = fall_back
+        self._is_second = measured.weight == 1 and not (measured.wanted or earlier or self._deferred)
         self._arrived = [False] * len(parameters)
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
-        if not self._deferred:
+        if self._is_second:  # ĝ = g2: g1 is not waited with
+            self._arrived = [g is None for g in self._first]
+            self._first = [None] * len(self._first)
+        elif not self._deferred:
             for i, p in enumerate(self._parameters):
                 self._hooks.append(p.register_hook(partial(self._arrive, i)))
 
@@ -128,6 +132,9 @@ class Combination:
         if kind is not None:
             return
         with torch.no_grad():
+            if self._is_second:
+                self._keep_second()
+                return
             if self._together:
                 differences = [self._difference(i, p.grad) for i, p in enumerate(self._parameters)]
                 add_penalty(self._parameters, self._first, differences, self._measured, self._cap, self._fall_back)
@@ -135,6 +142,13 @@ class Combination:
             for i, p in enumerate(self._parameters):
                 if not self._arrived[i]:
                     p.grad = self._combine(i, p.grad)
+
+    def _keep_second(self) -> None:
+        for p, had_none in zip(self._parameters, self._arrived):
+            if p.grad is None and not had_none:
+                p.grad = torch.zeros_like(p)  # took part in the first pass only: g2 = 0
+        present = [p.grad for p in self._parameters if p.grad is not None]
+        self._measured.second.append(vectors.norm(present).square())
 
     def _arrive(self, i: int, second: Tensor) -> Tensor | None:
         """Before autograd adds g2 to `.grad`: put there what makes the sum ĝ, or answer with ĝ in the place of g2."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,10 +48,13 @@ class Diagnostics:
             self.is_wanted = False
 
     def record_realized(
-        self, applied: Sequence[Tensor], step: Tensor, direction: Sequence[Tensor], low_precision: bool
+        self, applied: Iterable[Tensor], step: Tensor, direction: Sequence[Tensor], low_precision: bool
     ) -> None:
-        length, size = vectors.norm(direction), vectors.norm(applied)
-        cosine = vectors.dot(applied, direction) * vectors.safe_reciprocal(size * length) * step.sign()
+        length = vectors.norm(direction)
+        parts = [(vectors.squared(a), vectors.dot(a, d)) for a, d in zip(applied, direction)]  # one temporary at a time
+        size = vectors.total([part for part, _ in parts]).sqrt()
+        product = vectors.total([part for _, part in parts])
+        cosine = product * vectors.safe_reciprocal(size * length) * step.sign()
         self._realized = Realized(cosine, size * vectors.safe_reciprocal(step.abs() * length))
         self._low_precision = low_precision
         if vectors.is_readable(size):

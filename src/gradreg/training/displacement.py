@@ -9,7 +9,7 @@ weights and the parameter is displaced in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import torch
@@ -77,10 +77,10 @@ class Displacement:
                 p.data = copy
         torch.clear_autocast_cache()  # or autocast would serve low-precision copies of the weights of pass 1
 
-    def applied(self) -> list[Tensor]:
-        """What was really added, displaced − true, after rounding; one temporary per parameter."""
-        pairs = zip(self._parameters(), self._copies, self._true, self._pointing)
-        return [c - t if pointing else p.data - c for p, c, t, pointing in pairs]
+    def applied(self) -> Iterator[Tensor]:
+        """What was really added to each parameter, displaced − true, after rounding."""
+        for (p, _, _), copy, true, pointing in zip(self._places, self._copies, self._true, self._pointing):
+            yield copy - true if pointing else p.data - copy
 
     def close(self) -> None:
         """Put the weights back, bitwise and in their own storage."""
@@ -90,7 +90,7 @@ class Displacement:
         if not self._true:
             return
         kept = []
-        for p, copy, true, pointing in zip(self._parameters(), self._copies, self._true, self._pointing):
+        for (p, _, _), copy, true, pointing in zip(self._places, self._copies, self._true, self._pointing):
             if pointing:
                 p.data = true
             else:
@@ -99,9 +99,6 @@ class Displacement:
             vectors.copy_([true for true, _ in kept], [copy for _, copy in kept])
         self._true = []
         torch.clear_autocast_cache()
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for p, _, _ in self._places]
 
     def _make_room(self, parameters: Sequence[nn.Parameter]) -> None:
         places = [(p, p.data_ptr(), p.shape) for p in parameters]

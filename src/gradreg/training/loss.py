@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Backward = Callable[[Tensor], Any]
@@ -43,6 +44,26 @@ def differentiate(
         backward(loss)
         handle.remove()
     return loss.detach()
+
+
+class GradientWitness:
+    """Tells whether gradients that were there before a closure were cleared in it, by one small gradient among them.
+
+    It is set to a value that no gradient has, so that clearing in place (`set_to_none=False`) counts too.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        present = [p for p in parameters if p.grad is not None and not p.grad.is_sparse]
+        self._parameter = min(present, key=lambda p: p.numel(), default=None)
+        self._gradient = self._parameter.grad if self._parameter is not None else None
+        if self._gradient is not None:
+            self._mark = torch.finfo(self._gradient.dtype).max / 4
+            self._gradient.fill_(self._mark)
+
+    def was_added_to(self) -> bool:
+        if self._parameter is None or self._gradient is None or self._parameter.grad is not self._gradient:
+            return False
+        return bool((self._gradient.detach().abs() > self._mark / 2).any())
 
 
 def leaves(loss: Tensor) -> Iterator[Tensor]:

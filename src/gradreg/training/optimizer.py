@@ -1,5 +1,8 @@
 """The third door: an optimizer around an optimizer, for frameworks that hand their optimizer a closure."""
 
+# pyright: reportIncompatibleVariableOverride=false
+# torch.optim.Optimizer has fields where this one reads through to its base.
+
 from __future__ import annotations
 
 import inspect
@@ -112,9 +115,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
     # Everything else is the base's.
 
     @property
-    def param_groups(  # pyright: ignore[reportIncompatibleVariableOverride]
-        self,
-    ) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.base.param_groups
 
     @param_groups.setter
@@ -122,7 +123,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         self.base.param_groups = value
 
     @property
-    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def state(self) -> Any:
         return self.base.state
 
     @state.setter
@@ -183,12 +184,13 @@ class RegularizedOptimizer(torch.optim.Optimizer):
 
 
 def _called_by_scaler() -> bool:
-    """Whether a GradScaler stands above us: `scaler.step(optimizer, closure)` leaves no other trace."""
+    """Whether an enabled GradScaler stands above us: `scaler.step(optimizer, closure)` leaves no other trace."""
     frame = sys._getframe(2)
     for _ in range(8):  # scaler.step, its helper, and wrappers of schedulers and profilers
         if frame is None:
             return False
         if frame.f_globals.get("__name__") in _SCALER_MODULES:
-            return True
+            scaler = frame.f_locals.get("self")
+            return scaler is None or scaler.is_enabled()
         frame = frame.f_back
     return False

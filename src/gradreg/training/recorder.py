@@ -82,6 +82,13 @@ class Recorder:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del module
+        # A compiled model leaves its graph here. As a decorator, `disable` would slow every call and load Dynamo.
+        if torch.compiler.is_compiling():
+            torch.compiler.disable(self._observe)(args, kwargs)  # pyright: ignore[reportCallIssue]
+        else:
+            self._observe(args, kwargs)
+
+    def _observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._anatomy is None or not torch.is_grad_enabled():
             return
         if self._position is not None:
@@ -136,10 +143,6 @@ class Recorder:
             self._compares_values = False
         finally:
             self._position = None
-
-
-# What torch.compiler.disable sets, without its wrapper: a compiled model leaves its graph for this call.
-Recorder.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _blank_recorder() -> Recorder:

@@ -25,7 +25,7 @@ from gradreg.training.combination import give_gradients, take_gradients
 from gradreg.training.diagnostics import Diagnostics, Realized
 from gradreg.training.displacement import Displacement
 from gradreg.training.double_backward import ExactPenalty, check_supported
-from gradreg.training.loss import Backward, differentiate, leaves
+from gradreg.training.loss import Backward, GradientWitness, differentiate, leaves
 from gradreg.training.recorder import Recorder
 from gradreg.training.replay import Moment
 from gradreg.training.schedule import Schedule, Strength, check, strength_at
@@ -36,7 +36,7 @@ from gradreg.training.selection import Rules, Selection
 class GradientRegularizer:
     r"""Minimizes $L(\theta) + \frac\gamma2 \|\nabla L(\theta)\|^2$ by replacing the gradient that the optimizer sees.
 
-    $$\hat g = g_1 + \tfrac\gamma\epsilon (g_2 - g_1), \; g_1 = \nabla L(\theta), \; g_2 = \nabla L(\theta + \epsilon d)$$
+    $$\hat g = g_1 + \tfrac\gamma\epsilon (g_2 - g_1), \; g_1 = \nabla L(\theta), g_2 = \nabla L(\theta + \epsilon d)$$
 
     The second gradient costs one more forward and backward pass, about twice plain training in all; γ = 0 costs
     nothing. The weights are displaced for the second pass only, and put back bitwise.
@@ -332,13 +332,13 @@ class GradientRegularizer:
 
     @staticmethod
     def _check_closure(closure: Callable[[], Any], parameters: Sequence[Tensor]) -> Any:
-        existing = [p.grad for p in parameters]
+        witness = GradientWitness(parameters)
         loss = closure()
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(f"closure must return a scalar loss, got shape {tuple(loss.shape)}.")
         if all(p.grad is None for p in parameters):
             raise ValueError("closure left no gradient: it must call loss.backward() and return the loss.")
-        if any(g is not None and p.grad is g for p, g in zip(parameters, existing)):
+        if witness.was_added_to():
             raise ValueError(
                 "closure added to gradients that were there before: call optimizer.zero_grad() in it. To accumulate "
                 "micro-batches use regularizer.backward(loss_fn, batches)."
