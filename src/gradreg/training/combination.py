@@ -229,9 +229,14 @@ def add_penalty(
         if difference is None:
             p.grad = g
             continue
-        origin = torch.zeros_like(p) if g is None else g
+        origin = torch.zeros_like(difference, dtype=p.dtype) if g is None else g
         combined = _add(origin, difference, weight)
-        p.grad = torch.where(usable.to(p.device), combined, origin) if fall_back else combined
+        if fall_back and vectors.is_readable(usable):
+            p.grad = combined if usable else g
+        elif fall_back:
+            p.grad = torch.where(usable.to(p.device), combined.to_dense(), origin.to_dense())
+        else:
+            p.grad = combined
 
 
 def _add(first: Tensor | None, difference: Tensor, weight: float | Tensor) -> Tensor:

@@ -58,8 +58,8 @@ class Recorder:
                 del model._forward_pre_hooks[key]
                 model._forward_pre_hooks_with_kwargs.pop(key, None)
         self._anatomy: Anatomy | None = anatomy
-        self._keeps_moments = True
-        self._moments: list[Moment] = []
+        self._is_ours = False  # the first pass is run by the engine, which knows the moment it starts from
+        self._moments: list[Moment | None] = []
         self._inputs: list[Inputs] = []
         self._position: int | None = None  # of the next forward, in a displaced pass
         self._compares_values = True
@@ -94,17 +94,17 @@ class Recorder:
         if self._position is not None:
             self._replay(self._position, Inputs(args, kwargs, self._compares_values))
             return
-        if self._keeps_moments:
-            if all(p.grad is None for p in self._anatomy.parameters):
-                self.forget()
-            self._moments.append(Moment(self._anatomy))
+        if not self._is_ours and all(p.grad is None for p in self._anatomy.parameters):
+            self.forget()
+        self._moments.append(None if self._is_ours and not self._moments else Moment(self._anatomy))
         self._inputs.append(Inputs(args, kwargs, self._compares_values))
 
     def _replay(self, position: int, inputs: Inputs) -> None:
         if position < len(self._inputs):
             self._inputs[position].check_same(inputs)
-        if position < len(self._moments):
-            self._moments[position].restore()
+        moment = self._moments[position] if position < len(self._moments) else None
+        if moment is not None:
+            moment.restore()
         self._position = position + 1
 
     @property
@@ -118,13 +118,13 @@ class Recorder:
 
     @contextmanager
     def first_pass(self) -> Iterator[None]:
-        """The engine runs the first pass itself, and knows the moment it starts from: only inputs are kept."""
+        """The engine runs the first pass itself: the window begins here."""
         self.forget()
-        self._keeps_moments = False
+        self._is_ours = True
         try:
             yield
         finally:
-            self._keeps_moments = True
+            self._is_ours = False
 
     @contextmanager
     def displaced_pass(self) -> Iterator[None]:
@@ -132,7 +132,7 @@ class Recorder:
         self._position = 0
         try:
             yield
-            if self._moments and self._position != len(self._moments):
+            if self._moments and self._moments[0] is not None and self._position != len(self._moments):
                 warnings.warn(
                     f"perturbed(): the first pass called the model {len(self._moments)} times and the block "
                     f"{self._position} times. Both passes must see the same batches, in the same order; otherwise "
