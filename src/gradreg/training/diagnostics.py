@@ -76,7 +76,7 @@ class Diagnostics:
     def read(self) -> dict[str, Tensor | Realized]:
         self.is_wanted = True
         self._warn_if_lost()
-        ratio, cosine = _UNKNOWN, _UNKNOWN
+        ratio, cosine = self._grad_norm * 0, _UNKNOWN  # a skipped step: ĝ = g1
         if self._measured is not None:
             ratio, cosine = self._measured.penalty_ratio(), self._measured.cosine()
         return {

@@ -168,9 +168,13 @@ class RegularizedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave; a plain state dict of the base is accepted too, and leaves the step alone."""
         rest = {key: value for key, value in state_dict.items() if key != "regularizer"}
-        if "regularizer" in state_dict:
-            self.regularizer.load_state_dict(state_dict["regularizer"])
-        self.base.load_state_dict(rest)
+        before = self.regularizer.state_dict()
+        self.regularizer.load_state_dict(state_dict.get("regularizer", before))
+        try:
+            self.base.load_state_dict(rest)
+        except BaseException:
+            self.regularizer.load_state_dict(before)
+            raise
         self._steps_taken = self.regularizer.step
 
     def __getstate__(self) -> dict[str, Any]:

@@ -46,9 +46,9 @@ class Inputs:
 class Recorder:
     """Remembers the forwards of a first pass, and holds those of a displaced pass against them.
 
-    For `perturbed()`, a window begins with the first forward that finds no gradient (after `zero_grad()`), and ends
-    when a door closes. Evaluation under `no_grad` is not recorded. Values of inputs are compared in the first step
-    only.
+    For `perturbed()`, a window begins with the first forward that finds no gradient (after `zero_grad()`) or other
+    weights (after a step), and ends when a door closes. Evaluation under `no_grad` and the recomputing of activation
+    checkpoints are not recorded. Values of inputs are compared in the first step only.
     """
 
     def __init__(self, anatomy: Anatomy) -> None:
@@ -61,6 +61,7 @@ class Recorder:
         self._is_ours = False  # the first pass is run by the engine, which knows the moment it starts from
         self._moments: list[Moment | None] = []
         self._inputs: list[Inputs] = []
+        self._versions: list[int] = []  # of the parameters, at the last forward
         self._position: int | None = None  # of the next forward, in a displaced pass
         self._compares_values = True
         self.handle = model.register_forward_pre_hook(self, with_kwargs=True)
@@ -89,13 +90,17 @@ class Recorder:
             self._observe(args, kwargs)
 
     def _observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._anatomy is None or not torch.is_grad_enabled():
+        recomputed = torch._C._current_graph_task_id() != -1  # by activation checkpointing, inside a backward pass
+        if self._anatomy is None or recomputed or not torch.is_grad_enabled():
             return
         if self._position is not None:
             self._replay(self._position, Inputs(args, kwargs, self._compares_values))
             return
-        if not self._is_ours and all(p.grad is None for p in self._anatomy.parameters):
+        parameters = self._anatomy.parameters
+        versions = [p._version for p in parameters]
+        if not self._is_ours and (versions != self._versions or all(p.grad is None for p in parameters)):
             self.forget()
+        self._versions = versions
         self._moments.append(None if self._is_ours and not self._moments else Moment(self._anatomy))
         self._inputs.append(Inputs(args, kwargs, self._compares_values))
 

@@ -170,28 +170,24 @@ class GradientRegularizer:
             if strength is None:
                 losses = [differentiate(call, backward) for call in calls]
             else:
-                with self._adding_to_gradients():
-                    losses = self._regularize(calls, strength, backward, grad_scale)
+                with self._adding_to_gradients(), self._all_or_nothing() as before:
+                    losses = self._regularize(calls, strength, before, backward, grad_scale)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _regularize(
         self,
         calls: Sequence[Callable[[], Tensor]],
         strength: Strength,
+        before: Moment,
         backward: Backward,
         grad_scale: float | Tensor,
     ) -> list[Tensor]:
         exact = ExactPenalty(self.selection.parameters, self._method, strength.gamma, self._diagnostics)
         if self._method.scheme.is_exact and len(calls) == 1 and backward is Tensor.backward:
             return [exact.in_one_pass(calls[0], self.selection.others)]
-        before = Moment(self._anatomy)
         factors: list[Tensor] = []
-        try:
-            with self._recorder.first_pass():
-                losses = [differentiate(call, backward, factors, self._check_leaves) for call in calls]
-        except BaseException:
-            before.restore()
-            raise
+        with self._recorder.first_pass():
+            losses = [differentiate(call, backward, factors, self._check_leaves) for call in calls]
         self._is_first_call = False
         if factors and not isinstance(grad_scale, Tensor) and grad_scale == 1:
             grad_scale = factors[0].clamp(min=1)
@@ -270,7 +266,8 @@ class GradientRegularizer:
                 or pass `scaler.get_scale()` and scale the loss in the block too.
 
         Raises:
-            ValueError: the `central` or `exact` scheme, which one block cannot serve; no gradient to start from.
+            ValueError: the `central` or `exact` scheme, which one block cannot serve; no gradient to start from; a
+                first pass that did not call the model.
         """
         if self._method.scheme.is_exact or len(self._method.scheme.stencil) > 1:
             raise ValueError(
@@ -283,6 +280,11 @@ class GradientRegularizer:
                 raise ValueError(
                     "perturbed() starts from the gradient of the first pass, and no selected parameter has one: run "
                     "loss.backward() before, and zero_grad() before that, not in between."
+                )
+            if self._recorder.num_forwards == 0:
+                raise ValueError(
+                    f"perturbed() saw no forward of the model ({type(self.model).__name__}) in the first pass, so it "
+                    "cannot replay its random numbers: call the model itself, not its parts, or use backward(loss_fn)."
                 )
             second = None if strength is None else self._prepare(strength, grad_scale, self._recorder.num_forwards)
             with self._recorder.displaced_pass():
@@ -314,20 +316,15 @@ class GradientRegularizer:
             if strength is None:
                 with torch.enable_grad():
                     return closure()
-            before = Moment(self._anatomy)
-            try:
-                with self._recorder.first_pass(), torch.enable_grad():
+            with self._all_or_nothing() as before, torch.enable_grad():
+                with self._recorder.first_pass():
                     loss = self._check_closure(closure, [*self.selection.all, *others])
-            except BaseException:
-                before.restore()
-                raise
 
-            def replay() -> None:
-                before.restore()
-                with torch.enable_grad():
+                def replay() -> None:
+                    before.restore()
                     closure()
 
-            self._second_pass(replay, strength, 1.0, self._recorder.num_forwards, others)
+                self._second_pass(replay, strength, 1.0, self._recorder.num_forwards, others)
             return loss
 
     @staticmethod
@@ -361,6 +358,16 @@ class GradientRegularizer:
         finally:
             self._recorder.forget()
             self._is_open = False
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[Moment]:
+        """The moment before both passes; after an exception, buffers and random state are back there."""
+        before = Moment(self._anatomy)
+        try:
+            yield before
+        except BaseException:
+            before.restore()
+            raise
 
     @contextmanager
     def _adding_to_gradients(self) -> Iterator[None]:

@@ -57,7 +57,9 @@ class Buffers:
         for owner, name, buffer in self._places:
             if owner.get(name) is not buffer:
                 owner[name] = buffer
-        vectors.copy_(self._tensors, self._values)
+        # Through .data: the graph of an earlier forward of the same loss may be alive, and checks versions (BatchNorm
+        # keeps its statistics there without reading them). What it does read, a model that writes buffers has copied.
+        vectors.copy_([t.data for t in self._tensors], self._values)
 
 
 class Moment:
