@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gradreg.training.regularizer import GradientRegularizer
 
@@ -91,7 +90,8 @@ class RegularizedOptimizer(torch.optim.Optimizer):
                 "regularizer.backward(loss_fn, backward=lambda loss: scaler.scale(loss).backward()), then "
                 "scaler.step(optimizer)."
             )
-        loss = self.regularizer.run_closure(closure, self._strangers())
+        owned = [p for group in self.param_groups for p in group["params"]]
+        loss = self.regularizer.run_closure(closure, owned)
         self._steps_taken = self.regularizer.step
         self.base.step()
         return loss
@@ -106,11 +106,6 @@ class RegularizedOptimizer(torch.optim.Optimizer):
                 "with a closure that runs zero_grad, forward and backward, or regularizer.backward(loss_fn) before "
                 "step(). For a step without the penalty use optimizer.base.step()."
             )
-
-    def _strangers(self) -> list[Tensor]:
-        """Parameters of the base outside the model: they keep g1."""
-        known = set(self.regularizer.selection.all)
-        return [p for group in self.param_groups for p in group["params"] if p not in known]
 
     # Everything else is the base's.
 

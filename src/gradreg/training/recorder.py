@@ -22,13 +22,14 @@ from gradreg.training.replay import Moment
 
 
 class Inputs:
-    """The tensors that one forward was given; on the host, and when asked, their values too."""
+    """The tensors that one forward was given, but for those computed by the model; when asked, their values too."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], with_values: bool) -> None:
-        tensors = [x.detach() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not x.requires_grad]
         self._shapes = [(tuple(x.shape), x.dtype) for x in tensors]
-        plain = [x for x in tensors if x.device.type == "cpu" and x.layout is torch.strided and not is_traced(x)]
+        plain = [x for x in tensors if x.is_cpu and x.layout is torch.strided and not is_traced(x)]
         self._values = [x.clone() for x in plain] if with_values else []
+        self.identity = [id(x) for x in tensors]
 
     def check_same(self, other: Inputs) -> None:
         same = self._shapes == other._shapes and all(
@@ -46,9 +47,9 @@ class Inputs:
 class Recorder:
     """Remembers the forwards of a first pass, and holds those of a displaced pass against them.
 
-    For `perturbed()`, a window begins with the first forward that finds no gradient (after `zero_grad()`) or other
-    weights (after a step), and ends when a door closes. Evaluation under `no_grad` and the recomputing of activation
-    checkpoints are not recorded. Values of inputs are compared in the first step only.
+    For `perturbed()`, a window begins with the first forward after gradients were cleared or weights changed, and ends
+    when a door closes. Evaluation under `no_grad` and the recomputing of activation checkpoints are not recorded. The
+    inputs of a pass's first forward are compared, their values in the first step only.
     """
 
     def __init__(self, anatomy: Anatomy) -> None:
@@ -62,6 +63,7 @@ class Recorder:
         self._moments: list[Moment | None] = []
         self._inputs: list[Inputs] = []
         self._versions: list[int] = []  # of the parameters, at the last forward
+        self._had_gradient = False  # likewise
         self._position: int | None = None  # of the next forward, in a displaced pass
         self._compares_values = True
         self.handle = model.register_forward_pre_hook(self, with_kwargs=True)
@@ -98,15 +100,20 @@ class Recorder:
             return
         parameters = self._anatomy.parameters
         versions = [p._version for p in parameters]
-        if not self._is_ours and (versions != self._versions or all(p.grad is None for p in parameters)):
+        has_gradient = any(p.grad is not None for p in parameters)
+        if not self._is_ours and (versions != self._versions or (self._had_gradient and not has_gradient)):
             self.forget()
-        self._versions = versions
+        self._versions, self._had_gradient = versions, has_gradient
         self._moments.append(None if self._is_ours and not self._moments else Moment(self._anatomy))
         self._inputs.append(Inputs(args, kwargs, self._compares_values))
 
     def _replay(self, position: int, inputs: Inputs) -> None:
-        if position < len(self._inputs):
-            self._inputs[position].check_same(inputs)
+        if position == 0:
+            # A forward that no backward followed may stand before the first of the window: begin with the same tensors.
+            alike = (k for k, recorded in enumerate(self._inputs) if recorded.identity == inputs.identity)
+            position = next(alike, 0)
+            if self._inputs:
+                self._inputs[position].check_same(inputs)
         moment = self._moments[position] if position < len(self._moments) else None
         if moment is not None:
             moment.restore()

@@ -300,11 +300,11 @@ class GradientRegularizer:
 
     # The third door.
 
-    def run_closure(self, closure: Callable[[], Any], others: Sequence[Tensor] = ()) -> Any:
+    def run_closure(self, closure: Callable[[], Any], owned: Sequence[Tensor] | None = None) -> Any:
         """Both passes by a closure that zeroes gradients, runs forward and backward and returns the loss.
 
-        `RegularizedOptimizer.step(closure)` calls this; `.grad` then holds ĝ. `others` are its parameters outside
-        the model.
+        `RegularizedOptimizer.step(closure)` calls this with the parameters that it owns (by default those of the
+        model); `.grad` then holds ĝ.
         """
         if self._method.scheme.is_exact:
             raise ValueError(
@@ -316,29 +316,38 @@ class GradientRegularizer:
             if strength is None:
                 with torch.enable_grad():
                     return closure()
+            known = set(self.selection.all)
+            owned = self.selection.all if owned is None else owned
             with self._all_or_nothing() as before, torch.enable_grad():
                 with self._recorder.first_pass():
-                    loss = self._check_closure(closure, [*self.selection.all, *others])
+                    loss = self._checked_closure(closure, owned)
 
                 def replay() -> None:
                     before.restore()
                     closure()
 
+                others = [p for p in owned if p not in known]
                 self._second_pass(replay, strength, 1.0, self._recorder.num_forwards, others)
             return loss
 
-    @staticmethod
-    def _check_closure(closure: Callable[[], Any], parameters: Sequence[Tensor]) -> Any:
-        witness = GradientWitness(parameters)
+    def _checked_closure(self, closure: Callable[[], Any], owned: Sequence[Tensor]) -> Any:
+        mine = set(owned)
+        foreign = [p for p in self.selection.parameters if p not in mine]
+        witness, foreign_witness = GradientWitness(owned), GradientWitness(foreign)
         loss = closure()
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(f"closure must return a scalar loss, got shape {tuple(loss.shape)}.")
-        if all(p.grad is None for p in parameters):
+        if all(p.grad is None for p in (*self.selection.all, *owned)):
             raise ValueError("closure left no gradient: it must call loss.backward() and return the loss.")
         if witness.was_added_to():
             raise ValueError(
                 "closure added to gradients that were there before: call optimizer.zero_grad() in it. To accumulate "
                 "micro-batches use regularizer.backward(loss_fn, batches)."
+            )
+        if foreign_witness.was_added_to():
+            raise ValueError(
+                f"closure added to gradients of {len(foreign)} selected parameters that this optimizer does not own: "
+                "call model.zero_grad() in it, or select the optimizer's parameters only (include, exclude)."
             )
         return loss
 
