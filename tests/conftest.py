@@ -1,0 +1,31 @@
+"""Seeds and fixtures of all tests."""
+
+import pytest
+import torch
+from problems import PROBLEMS, Trial
+
+from gradreg import _vectors
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=PROBLEMS, ids=lambda problem: problem.name)
+def trial(request):
+    """A fresh copy of every problem in turn."""
+    return Trial(request.param)
+
+
+@pytest.fixture
+def masked(monkeypatch):
+    """The path of an accelerator, which the host may not read: masks instead of `if`."""
+    monkeypatch.setattr(_vectors, "is_readable", lambda t: False)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,88 @@
+"""The command line: what it prints, and what it refuses before any work."""
+
+import pytest
+
+import gradreg
+from gradreg import cli
+from gradreg.lab import demo
+
+WHOLE = "must be a whole number from"
+REFUSED = [
+    ("demo --seeds abc", f"--seeds {WHOLE} 2 to 100, got 'abc'"),
+    ("demo --seeds 1", f"--seeds {WHOLE} 2 to 100, got '1'"),
+    ("demo --seeds -3", f"--seeds {WHOLE} 2 to 100, got '-3'"),
+    ("demo --seeds 2.5", f"--seeds {WHOLE} 2 to 100, got '2.5'"),
+    ("demo --seeds", "--seeds requires an argument"),
+    ("demo --seed 1000000", f"--seed {WHOLE} 0 to 999999, got '1000000'"),
+    ("demo --seed 999999", f"--seed {WHOLE} 0 to 999990 with 10 seeds, got '999999'"),
+    ("demo --workers 0", f"--workers {WHOLE} 1 to 64, got '0'"),
+    ("demo --quick=maybe", "--quick"),
+    ("demo --nonsense", "Unknown option: --nonsense"),
+    ("demo stray", "stray"),
+    ("demo --out full", "--out must be a new or empty folder, got 'full'"),
+    ("demo --out full/file", "--out must be a new or empty folder, got 'full/file'"),
+    ("demo --out full/file/below", "--out must be a folder that can be written to, got 'full/file/below'"),
+    ("demo --out a\x1bb", "--out must be a path of printable characters, got 'a\\x1bb'"),
+    ("tune --seeds 99", f"--seeds {WHOLE} 2 to 20, got '99'"),
+    ("tune --out full", "--out must be a new or empty folder, got 'full'"),
+    ("nonsense", 'Unknown command "nonsense"'),
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("precious", encoding="utf-8")
+
+
+@pytest.mark.parametrize(("line", "expected"), REFUSED, ids=[line for line, _ in REFUSED])
+def test_bad_input_is_refused_in_one_line(line, expected, capsys, tmp_path):
+    assert cli.main(line.split()) == 2
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert captured.err.count("\n") == 1
+    assert not captured.out
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["full", "full/file"]
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{gradreg.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["", "demo", "tune"])
+def test_help(command, capsys):
+    assert cli.main([*command.split(), "--help"]) == 0
+    assert f"Usage: gradreg {command}".strip() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "seeds", "num_tasks"),
+    [
+        ("demo", range(10), 4),
+        ("demo --quick", range(3), 2),
+        ("demo --quick --seed 7 --seeds 4", range(7, 11), 2),
+    ],
+)
+def test_the_plan_of_a_demo(line, seeds, num_tasks, monkeypatch):
+    plans = []
+    monkeypatch.setattr(demo, "run_demo", lambda plan, folder, workers: plans.append(plan))
+    assert cli.main([*line.split(), "--out", "new"]) == 0
+    assert plans[0].seeds == tuple(seeds)
+    assert len(plans[0].tasks) == num_tasks
+
+
+def test_an_interrupt_says_where_the_finished_runs_are(monkeypatch, capsys):
+    def interrupt(plan, folder, workers):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run_demo", interrupt)
+    assert cli.main(["demo", "--out", "new"]) == 130
+    assert "new/runs.jsonl" in capsys.readouterr().err
+
+
+def test_a_missing_extra_names_the_install_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_NEEDED", ("no_such_package",))
+    assert cli.main(["demo"]) == 2
+    assert capsys.readouterr().err.strip().endswith("pip install 'gradreg[lab]'")
