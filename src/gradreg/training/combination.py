@@ -38,10 +38,13 @@ class Measured:
     second: list[Tensor] = field(default_factory=list)  # ‖g2‖²; none for the exact scheme
     distance: list[Tensor] = field(default_factory=list)  # ‖g2 − g1‖²
     difference: list[Tensor] = field(default_factory=list)
+    is_partial: bool = False  # several backward passes of one forward: the parts of g2 do not tell its length
     ratio: Tensor | None = None  # ‖ĝ − g1‖/‖g1‖, where it was needed to make ĝ
 
     def penalty_ratio(self) -> Tensor:
         """‖ĝ − g1‖ / ‖g1‖."""
+        if self.is_partial:
+            return torch.full_like(self.first_norm, torch.nan)
         if self.ratio is not None:
             return self.ratio
         length = abs(self.weight) * vectors.total(self.difference).sqrt()
@@ -49,7 +52,7 @@ class Measured:
 
     def cosine(self) -> Tensor:
         """cos(g1, g2), from the three sides of the triangle that they span."""
-        if not self.second:
+        if self.is_partial or not self.second:
             return torch.full_like(self.first_norm, torch.nan)
         first, second = self.first_norm.square(), vectors.total(self.second)
         product = (first + second - vectors.total(self.distance)) / 2
@@ -155,6 +158,7 @@ class Combination:
         weight = self._measured.weight
         if self._arrived[i]:  # another backward of the same pass: ĝ is linear in g2
             self._measured.second.append(vectors.squared(second))
+            self._measured.is_partial = True
             return None if weight == 1 else second * weight
         self._arrived[i] = True
         if not self._is_usual(i, second):
