@@ -29,6 +29,7 @@ from methods import (
 from problems import Trial, assert_close, assert_same, dense, gradients
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import gradreg
 from gradreg.functional import regularized_gradient
@@ -908,3 +909,37 @@ def test_13_options_read_nothing_either(door, options):
     regularizer = gradreg.GradientRegularizer(trial.model, GAMMA, EPSILON, **options)
     DOORS[door](regularizer, lambda: F.cross_entropy(trial.model(x), y))
     assert regularizer.step == 1
+
+
+def test_3_the_whole_model_may_stand_under_an_activation_checkpoint():
+    results = []
+    for door in DOORS:
+        trial = Trial("cnn")
+        x, y = trial.batch
+        trial.loss = lambda m=trial.model, x=x, y=y: F.cross_entropy(checkpoint(m, x, use_reentrant=False), y)
+        Method("forward", "gradient", door).run(trial)
+        results.append(trial.gradients())
+    plain_trial = Trial("cnn")
+    Method("forward", "gradient", "backward").run(plain_trial)
+    for result in results:
+        assert_close(result, plain_trial.gradients())
+
+
+def test_3_a_perturbed_block_needs_a_forward_of_the_model():
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 2)])
+    regularizer = gradreg.GradientRegularizer(model, GAMMA, EPSILON)
+    model[1](model[0](torch.ones(3, 4))).sum().backward()
+    with pytest.raises(ValueError, match="saw no forward of the model"), regularizer.perturbed():
+        pass
+    assert regularizer.step == 0
+
+
+def test_3_forwards_before_a_step_are_forgotten_after_it():
+    trial = Trial("mlp")
+    regularizer = gradreg.GradientRegularizer(trial.model, GAMMA, EPSILON)
+    optimizer = torch.optim.SGD(trial.model.parameters(), lr=0.1)
+    for _ in range(4):
+        optimizer.zero_grad(set_to_none=False)
+        trial.loss().backward()
+        optimizer.step()
+    assert regularizer._recorder.num_forwards == 1

@@ -142,6 +142,8 @@ class Recorder:
     def displaced_pass(self) -> Iterator[None]:
         """Compare the inputs, and start each forward from its recorded moment, if any was kept."""
         self._position = 0
+        if self._moments and self._moments[0] is not None:
+            self._moments[0].restore()  # already here: an activation checkpoint around the model looks before we do
         try:
             yield
             if self._moments and self._moments[0] is not None and self._position != len(self._moments):

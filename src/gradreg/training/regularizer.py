@@ -287,16 +287,15 @@ class GradientRegularizer:
                     "cannot replay its random numbers: call the model itself, not its parts, or use backward(loss_fn)."
                 )
             second = None if strength is None else self._prepare(strength, grad_scale, self._recorder.num_forwards)
-            with self._recorder.displaced_pass():
-                if second is None or not second.is_needed:
-                    parameters = [*self.selection.parameters, *self.selection.others]
-                    with without_trace(self._anatomy, parameters), dropping_gradients(parameters):
-                        yield
-                    if second is not None:
-                        second.skip()
-                else:
-                    with second.open(), second.displaced(0):
-                        yield
+            if second is None or not second.is_needed:
+                everything, replay = self.selection.all, self._recorder.displaced_pass
+                with without_trace(self._anatomy, everything), dropping_gradients(everything), replay():
+                    yield
+                if second is not None:
+                    second.skip()
+            else:
+                with second.open(), second.displaced(0), self._recorder.displaced_pass():
+                    yield
 
     # The third door.
 
