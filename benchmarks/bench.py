@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     steady_heap()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     device = torch.device(arguments.device)
     methods = list(METHODS)
     with contextlib.suppress(ImportError):

@@ -911,15 +911,18 @@ def test_13_options_read_nothing_either(door, options):
     assert regularizer.step == 1
 
 
-def test_3_the_whole_model_may_stand_under_an_activation_checkpoint():
+@pytest.mark.parametrize("name", ["mlp", "transformer"])
+def test_3_the_whole_model_may_stand_under_an_activation_checkpoint(name):
     results = []
     for door in DOORS:
-        trial = Trial("cnn")
+        trial = Trial(name)
         x, y = trial.batch
         trial.loss = lambda m=trial.model, x=x, y=y: F.cross_entropy(checkpoint(m, x, use_reentrant=False), y)
         Method("forward", "gradient", door).run(trial)
         results.append(trial.gradients())
-    plain_trial = Trial("cnn")
+    plain_trial = Trial(name)
+    x, y = plain_trial.batch
+    plain_trial.loss = lambda: F.cross_entropy(plain_trial.model(x), y)
     Method("forward", "gradient", "backward").run(plain_trial)
     for result in results:
         assert_close(result, plain_trial.gradients())
