@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from gradreg import _vectors as vectors
 from gradreg.functional.ascents import Ascent
+from gradreg.training.calls import checked
 from gradreg.training.combination import Gradients, Measured, add_penalty, give_gradients
 from gradreg.training.diagnostics import Diagnostics
-from gradreg.training.loss import checked
 from gradreg.training.second_pass import Method
 
 

@@ -8,7 +8,6 @@ once, in second_pass.py.
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,11 +20,11 @@ from torch import Tensor, nn
 from gradreg.functional.ascents import Ascent, resolve_ascent
 from gradreg.functional.schemes import Scheme, resolve_scheme
 from gradreg.training.anatomy import Anatomy
+from gradreg.training.calls import Backward, differentiate, run_closure, warn_of_strangers
 from gradreg.training.combination import give_gradients, take_gradients
 from gradreg.training.diagnostics import Diagnostics, Realized
 from gradreg.training.displacement import Displacement
 from gradreg.training.double_backward import ExactPenalty, check_supported
-from gradreg.training.loss import Backward, GradientWitness, differentiate, leaves
 from gradreg.training.recorder import Recorder
 from gradreg.training.replay import Moment
 from gradreg.training.schedule import Schedule, Strength, check, strength_at
@@ -187,7 +186,7 @@ class GradientRegularizer:
             return [exact.in_one_pass(calls[0], self.selection.others)]
         factors: list[Tensor] = []
         with self._recorder.first_pass():
-            losses = [differentiate(call, backward, factors, self._check_leaves) for call in calls]
+            losses = [differentiate(call, backward, factors, self._check_first_loss) for call in calls]
         self._is_first_call = False
         if factors and not isinstance(grad_scale, Tensor) and grad_scale == 1:
             grad_scale = factors[0].clamp(min=1)
@@ -319,7 +318,7 @@ class GradientRegularizer:
             owned = self.selection.all if owned is None else owned
             with self._all_or_nothing() as before, torch.enable_grad():
                 with self._recorder.first_pass():
-                    loss = self._checked_closure(closure, owned)
+                    loss = run_closure(closure, owned, self.selection.parameters)
 
                 def replay() -> None:
                     before.restore()
@@ -328,27 +327,6 @@ class GradientRegularizer:
                 others = [p for p in owned if p not in known]
                 self._second_pass(replay, strength, 1.0, self._recorder.num_forwards, others)
             return loss
-
-    def _checked_closure(self, closure: Callable[[], Any], owned: Sequence[Tensor]) -> Any:
-        mine = set(owned)
-        foreign = [p for p in self.selection.parameters if p not in mine]
-        witness, foreign_witness = GradientWitness(owned), GradientWitness(foreign)
-        loss = closure()
-        if isinstance(loss, Tensor) and loss.numel() != 1:
-            raise ValueError(f"closure must return a scalar loss, got shape {tuple(loss.shape)}.")
-        if all(p.grad is None for p in (*self.selection.all, *owned)):
-            raise ValueError("closure left no gradient: it must call loss.backward() and return the loss.")
-        if witness.was_added_to():
-            raise ValueError(
-                "closure added to gradients that were there before: call optimizer.zero_grad() in it. To accumulate "
-                "micro-batches use regularizer.backward(loss_fn, batches)."
-            )
-        if foreign_witness.was_added_to():
-            raise ValueError(
-                f"closure added to gradients of {len(foreign)} selected parameters that this optimizer does not own: "
-                "call model.zero_grad() in it, or select the optimizer's parameters only (include, exclude)."
-            )
-        return loss
 
     # What the doors share.
 
@@ -393,20 +371,9 @@ class GradientRegularizer:
         finally:
             give_gradients(parameters, before)
 
-    def _check_leaves(self, loss: Tensor) -> None:
-        """In the first call: trainable tensors outside the model would receive the sum of both passes."""
-        if not self._is_first_call:
-            return
-        known = set(self.selection.all)
-        strangers = [tuple(leaf.shape) for leaf in leaves(loss) if leaf not in known]
-        if strangers:
-            warnings.warn(
-                f"the loss depends on {len(strangers)} trainable tensors outside the model (shapes {strangers[:3]}): "
-                "both passes add to their .grad. Give the regularizer a model that owns them, such as "
-                "nn.ModuleList([...]), or clear their .grad before you use it.",
-                UserWarning,
-                stacklevel=7,
-            )
+    def _check_first_loss(self, loss: Tensor) -> None:
+        if self._is_first_call:
+            warn_of_strangers(loss, self.selection.all)
 
     # What the user reads and saves.
 

@@ -1,8 +1,9 @@
-"""One call of the user's loss function, and what is refused about it."""
+"""One call of the user's loss function or closure, and what is refused about it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +67,50 @@ class GradientWitness:
         return bool((self._gradient.detach().abs() > self._mark / 2).any())
 
 
-def leaves(loss: Tensor) -> Iterator[Tensor]:
+def run_closure(closure: Callable[[], Any], owned: Sequence[Tensor], selected: Sequence[Tensor]) -> Any:
+    """The loss of a closure whose first pass left ∇L in `.grad`.
+
+    Args:
+        closure: zeroes gradients, runs forward and backward, returns the loss.
+        owned: the parameters of the optimizer that was handed the closure.
+        selected: the penalized parameters.
+    """
+    mine = set(owned)
+    foreign = [p for p in selected if p not in mine]
+    witness, foreign_witness = GradientWitness(owned), GradientWitness(foreign)
+    loss = closure()
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(f"closure must return a scalar loss, got shape {tuple(loss.shape)}.")
+    if all(p.grad is None for p in (*selected, *owned)):
+        raise ValueError("closure left no gradient: it must call loss.backward() and return the loss.")
+    if witness.was_added_to():
+        raise ValueError(
+            "closure added to gradients that were there before: call optimizer.zero_grad() in it. To accumulate "
+            "micro-batches use regularizer.backward(loss_fn, batches)."
+        )
+    if foreign_witness.was_added_to():
+        raise ValueError(
+            f"closure added to gradients of {len(foreign)} selected parameters that this optimizer does not own: "
+            "call model.zero_grad() in it, or select the optimizer's parameters only (include, exclude)."
+        )
+    return loss
+
+
+def warn_of_strangers(loss: Tensor, known: Iterable[Tensor]) -> None:
+    """Trainable tensors outside the model would receive the sum of both passes."""
+    owned = set(known)
+    strangers = [tuple(leaf.shape) for leaf in _leaves(loss) if leaf not in owned]
+    if strangers:
+        warnings.warn(
+            f"the loss depends on {len(strangers)} trainable tensors outside the model (shapes {strangers[:3]}): both "
+            "passes add to their .grad. Give the regularizer a model that owns them, such as nn.ModuleList([...]), or "
+            "clear their .grad before you use it.",
+            UserWarning,
+            stacklevel=7,
+        )
+
+
+def _leaves(loss: Tensor) -> Iterator[Tensor]:
     """The trainable tensors that a loss depends on."""
     nodes, seen = [loss.grad_fn], set()
     while nodes:
