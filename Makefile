@@ -1,6 +1,7 @@
 # Two commands need nothing before them: `make demo` and `make test`. Each makes .venv when it is missing.
 PYTHON ?= python3
 VENV := .venv
+export NO_MKDOCS_2_WARNING := 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
 

@@ -1,0 +1,45 @@
+"""The `gradreg` command: exit status 0, 2 for bad input with one line that says what is allowed, 130 for Ctrl-C."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+_NEEDED = ("cyclopts", "jinja2", "matplotlib", "mnist1d", "rich", "scipy", "sklearn")
+
+
+def main(tokens: Sequence[str] | None = None) -> int:
+    """Run a command line, by default this process's own, and return its exit status."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        print(f"gradreg: the laboratory needs {', '.join(missing)}: pip install 'gradreg[lab]'", file=sys.stderr)
+        return 2
+
+    try:
+        return _run(tokens)
+    except KeyboardInterrupt as interrupt:
+        print(f"gradreg: interrupted; {str(interrupt) or 'nothing was started'}.", file=sys.stderr)
+        return 130
+
+
+def _run(tokens: Sequence[str] | None) -> int:
+    from cyclopts import CycloptsError
+
+    from gradreg.lab.commands import app
+    from gradreg.lab.folder import BadInput
+
+    try:
+        app(tokens, exit_on_error=False, print_error=False, result_action="return_none")
+    except BadInput as error:
+        return _refuse(str(error))
+    except CycloptsError as error:
+        error.verbose = False
+        hint = error.argument.parameter.help if error.argument else "See gradreg --help."
+        return _refuse(f"{error} {hint or ''}")
+    return 0
+
+
+def _refuse(message: str) -> int:
+    print(f"gradreg: {' '.join(message.split())}", file=sys.stderr)
+    return 2
