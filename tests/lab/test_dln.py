@@ -14,6 +14,7 @@ from gradreg.lab.jobs import run_jobs
 from gradreg.lab.large_steps import descend
 from gradreg.theory import flow, sparse_regression
 
+AGREEMENT = dln.agreement
 SHIFTED, BY_ROW, CENTERED = (replace(s, n=15, d=30, num_active=2) for s in SETTINGS)
 
 
@@ -50,8 +51,12 @@ def test_a_map_cell_compares_with_db_at_the_same_strength():
     data = sparse_regression(n, d, k, shift=2.0)
     # λ_max of the Hessian at w = α by autograd
     w = torch.full((2 * d,), 0.2, dtype=torch.float64)
-    hessian = torch.func.hessian(lambda w: (data.X @ (w[:d] ** 2 - w[d:] ** 2) - data.y).square().sum() / (4 * n))(w)
-    curved = hessian - torch.diag(torch.cat([data.X.T @ -data.y, data.X.T @ data.y]) / n)  # less what L's slope adds
+
+    def loss(w):
+        return (data.X @ (w[:d] ** 2 - w[d:] ** 2) - data.y).square().sum() / (4 * n)
+
+    hessian = torch.autograd.functional.hessian(loss, w)
+    curved = hessian - torch.diag(torch.cat([data.X.T @ -data.y, data.X.T @ data.y]) / n)  # without ±g
     gamma = dln.MAP_STRENGTH / torch.linalg.eigvalsh(curved)[-1].item()
     errors = [
         data.test_error(flow(data.X, data.y, alpha=0.2, gamma=gamma, epsilon=gamma, scheme=s).beta)
@@ -105,11 +110,8 @@ def toy(monkeypatch):
     monkeypatch.setattr(dln, "MAP_SHIFTS", (0.0, 1.0))
     monkeypatch.setattr(dln, "MAP_ALPHAS", (0.2,))
     monkeypatch.setattr(dln, "MAP_SHAPE", (6, 12, 2))
-    monkeypatch.setattr(dln, "STEP_RATIOS", (0.125, 1.0))
-    monkeypatch.setattr(dln, "agreement", lambda: dln_agreement()[:2])
-
-
-dln_agreement = dln.agreement
+    monkeypatch.setattr(dln, "STEP_RATIOS", (0.125, 0.25))
+    monkeypatch.setattr(dln, "agreement", lambda: AGREEMENT((0.02,)))
 
 
 def test_the_command_writes_its_folder_and_overwrites_nothing(toy, tmp_path, capsys):

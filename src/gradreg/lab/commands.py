@@ -69,9 +69,9 @@ Workers = Annotated[int | None, whole("--workers", 1, MOST_WORKERS, "Processes, 
 @app.command
 def demo(
     *,
-    quick: Annotated[bool, switch("--quick", "Two of the four tasks, three seeds: under 40 seconds.")] = False,
+    quick: Annotated[bool, switch("--quick", "One of the four tasks, three seeds: under 40 seconds.")] = False,
     seed: Annotated[int, whole("--seed", 0, LAST_SEED, "First of the consecutive seeds")] = 0,
-    seeds: Annotated[int | None, whole("--seeds", 2, 100, "How many; by default 10, with --quick 3")] = None,
+    seeds: Annotated[int | None, whole("--seeds", 2, 100, "How many; by default 6, with --quick 3")] = None,
     out: Out = None,
     workers: Workers = None,
 ) -> None:

@@ -236,7 +236,7 @@ def map_column(shift: float, seed: int) -> list[Row]:
     """All α and ε at one shift of the data: log₂ of test error over that of DB at the same γ."""
     n, d, num_active = MAP_SHAPE
     data = sparse_regression(n, d, num_active, shift=shift, seed=seed)
-    # At w = α the Hessian has λ_max = 4α²‖X‖²/n, along β.
+    # At w = α the Hessian is ±g on its diagonal and a part of λ_max = 4α²‖X‖²/n.
     curvature = 4 * torch.linalg.matrix_norm(data.X, 2).item() ** 2 / n
     cells = [(alpha, ratio) for alpha in MAP_ALPHAS for ratio in (None, *MAP_RATIOS)]
     gammas = [MAP_STRENGTH / (curvature * alpha**2) for alpha, _ in cells]
@@ -323,10 +323,10 @@ def summarize_step(step: Row, sweeps: Sequence[list[Row]]) -> Row:
 # Integration against theory.
 
 
-def agreement() -> list[Row]:
+def agreement(epsilons: Sequence[float] = (0.002, 0.02, 0.2)) -> list[Row]:
     """The largest errors of w₊∘w₋ = α_GR², of β = argmin φ and of the batched flow, for each scheme and ε."""
     data = sparse_regression(10, 20, 2, shift=2.0, scale=2.0)
-    alpha, gamma, epsilons = 0.2, 0.02, (0.002, 0.02, 0.2)
+    alpha, gamma = 0.2, 0.02
     methods: list[tuple[str, float | None]] = [("exact", None)]
     methods += [(scheme, epsilon) for scheme in ("forward", "backward", "central") for epsilon in epsilons]
     rows = []

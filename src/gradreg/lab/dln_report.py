@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from rich.console import Console
 from rich.table import Table
 
-from gradreg.lab.plots import _STYLE, COLORS, FAINT, INK, LineStyle, _svg
+from gradreg.lab.plots import STYLE, COLORS, FAINT, INK, LineStyle, svg
 from gradreg.lab.stats import BETTER, WORSE
 
 Row = Mapping[str, Any]
@@ -25,7 +25,7 @@ LINES: dict[str, tuple[str, LineStyle]] = {
     **{scheme: COLORS[name] for scheme, name in NAMES.items() if name in COLORS},
     "central": ("#c88a00", ":"),
 }
-STYLE = {**_STYLE, "figure.facecolor": "white"}  # also readable on a dark page
+STYLE = {**STYLE, "figure.facecolor": "white"}  # also readable on a dark page
 WIDTH_IN_A_PIPE = 132
 BOUND = 2.0  # of the color scale of the map: a factor of 4
 KEY = "log2_over_plain"
@@ -200,7 +200,7 @@ def figures(results: Row) -> dict[str, str]:
     found = {}
     for name, draw in drawn.items():
         with matplotlib.rc_context(STYLE):
-            found[name] = _svg(draw(results))
+            found[name] = svg(draw(results))
     return found
 
 

@@ -76,7 +76,7 @@ def _grid(**values: tuple[float, ...]) -> tuple[Settings, ...]:
     return tuple(dict(zip(values, point)) for point in product(*values.values()))
 
 
-_GAMMA_EPSILON = _grid(gamma=(0.03, 0.1, 0.3), epsilon=(0.1, 1.0))
+_GAMMA_EPSILON = _grid(gamma=(0.05, 0.2, 0.5), epsilon=(0.3, 1.0))
 
 METHODS: dict[str, Method] = {
     method.name: method

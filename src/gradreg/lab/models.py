@@ -15,7 +15,7 @@ def build(task: Task, seed: int) -> nn.Module:
         return {"mlp": mlp, "cnn": cnn}[task.model]()
 
 
-def mlp(width: int = 128) -> nn.Module:
+def mlp(width: int = 256) -> nn.Module:
     """Two hidden layers, for (n, 40)."""
     return nn.Sequential(
         nn.Linear(40, width),

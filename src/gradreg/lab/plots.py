@@ -28,7 +28,7 @@ COLORS: dict[str, tuple[str, LineStyle]] = {
     "Flooding": ("#b4629a", ":"),
 }
 _MARKERS = {BETTER: "^", WORSE: "v", UNDECIDED: "o", None: "s"}
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -50,7 +50,7 @@ _STYLE: dict[Any, Any] = {
 def accuracy_figure(results: Mapping[str, Any]) -> str:
     """Test accuracy of every method with its interval, a panel for each task."""
     tasks = results["tasks"]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, panels = _panels(tasks, row_height=2.5)
         for axes, task in zip(panels, tasks):
             names = [row["name"] for row in task["methods"]]
@@ -74,13 +74,13 @@ def accuracy_figure(results: Mapping[str, Any]) -> str:
             Line2D([], [], color=FAINT, marker="o", markerfacecolor="white", linewidth=2, label="no difference shown"),
         ]
         figure.legend(handles=legend, loc="outside upper center", ncols=4)
-        return _svg(figure)
+        return svg(figure)
 
 
 def gradient_norm_figure(results: Mapping[str, Any]) -> str:
     """‖∇L‖ of the plain objective during training, a panel for each task, geometric means over seeds."""
     tasks = results["tasks"]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, panels = _panels(tasks, row_height=2.7)
         for axes, task in zip(panels, tasks):
             for row in task["methods"]:
@@ -103,7 +103,7 @@ def gradient_norm_figure(results: Mapping[str, Any]) -> str:
         figure.supylabel("‖∇L‖ on all training rows", fontsize=10)
         legend = [Line2D([], [], color=c, linestyle=dashes, label=name) for name, (c, dashes) in COLORS.items()]
         figure.legend(handles=legend, loc="outside upper center", ncols=len(legend))
-        return _svg(figure)
+        return svg(figure)
 
 
 def _panels(tasks: Sequence[Mapping[str, Any]], row_height: float) -> tuple[Figure, list[Any]]:
@@ -118,7 +118,7 @@ def _panels(tasks: Sequence[Mapping[str, Any]], row_height: float) -> tuple[Figu
     return figure, panels
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     text = StringIO()
     FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
     return text.getvalue()

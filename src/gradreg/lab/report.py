@@ -25,7 +25,7 @@ def notes(results: Row) -> list[str]:
     """How to read the numbers; the same words below the table and on the page."""
     seeds = results["seeds"]
     quick = (
-        ["Quick: two of the four tasks and few seeds; run `gradreg demo` for all of them."]
+        ["Quick: one of the four tasks and few seeds; run `gradreg demo` for all of them."]
         if results["is_quick"]
         else []
     )

@@ -55,7 +55,7 @@ TASKS: dict[str, Task] = {
     for share in (0.0, RANDOM_SHARE)
     for task in (
         Task("digits", "cnn", share, num_train=300, batch_size=50, epochs=25),
-        Task("mnist1d", "mlp", share, num_train=2000, batch_size=100, epochs=20),
+        Task("mnist1d", "mlp", share, num_train=4000, batch_size=100, epochs=30),
     )
 }
 
@@ -114,13 +114,13 @@ def _digits() -> tuple[Part, int, int]:
 
 @lru_cache(maxsize=1)
 def _mnist1d() -> tuple[Part, int, int]:
-    """5,000 generated signals of 40 numbers (Greydanus & Kobak, 2024): 2,000 to train on, 1,000 to choose."""
+    """8,000 generated signals of 40 numbers (Greydanus & Kobak, 2024): 4,000 to train on, 1,000 to choose."""
     from mnist1d.data import get_dataset_args, make_dataset
 
-    settings = {**vars(get_dataset_args()), "num_samples": 5000, "train_split": 1.0, "seed": _SPLIT_SEED}
+    settings = {**vars(get_dataset_args()), "num_samples": 8000, "train_split": 1.0, "seed": _SPLIT_SEED}
     with _global_randomness_kept():
         data = make_dataset(SimpleNamespace(**settings))
-    return Part(torch.tensor(data["x"], dtype=torch.float32), torch.tensor(data["y"])), 2000, 3000
+    return Part(torch.tensor(data["x"], dtype=torch.float32), torch.tensor(data["y"])), 4000, 5000
 
 
 _ROWS = {"digits": _digits, "mnist1d": _mnist1d}
