@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from rich.console import Console
 from rich.table import Table
 
-from gradreg.lab.plots import STYLE, COLORS, FAINT, INK, LineStyle, svg
+from gradreg.lab.plots import COLORS, FAINT, INK, STYLE, LineStyle, svg
 from gradreg.lab.stats import BETTER, WORSE
 
 Row = Mapping[str, Any]
