@@ -154,31 +154,25 @@ class Combination:
         self._measured.second.append(vectors.norm(present).square())
 
     def _arrive(self, i: int, second: Tensor) -> Tensor | None:
-        """Before autograd adds g2 to `.grad`: put there what makes the sum ĝ, or answer with ĝ in the place of g2."""
-        weight = self._measured.weight
+        """Answer autograd with ĝ in the place of g2; it takes the memory of g1 over as `.grad`."""
         if self._arrived[i]:  # another backward of the same pass: ĝ is linear in g2
+            weight = self._measured.weight
             self._measured.second.append(vectors.squared(second))
             self._measured.is_partial = True
             return None if weight == 1 else second * weight
         self._arrived[i] = True
-        if not self._is_usual(i, second):
-            return self._combine(i, second)
-        gap = self._gap(i, second)
-        if gap is not None:
-            self._parameters[i].grad = gap.mul_(1 - weight)  # ĝ = g2 + (1 − c)(g1 − g2), in the memory of g1
-        return None
+        return self._combine(i, second)
 
     def _combine(self, i: int, second: Tensor | None) -> Tensor | None:
         """ĝ of one parameter; its g1 is used up."""
-        weight = self._measured.weight
+        measured = self._measured
         if second is not None and self._is_usual(i, second):
-            gap = self._gap(i, second)
-            return second if gap is None else torch.add(second, gap, alpha=1 - weight, out=gap)
+            return self._combine_in_place(i, second)
         difference = self._difference(i, second)
         first, self._first[i] = self._first[i], None
-        if difference is None or (second is not None and weight == 1 and not self._earlier):
+        if difference is None or (second is not None and measured.weight == 1 and not self._earlier):
             return second
-        return _add(first, difference, weight)
+        return _add(first, difference, measured.weight)
 
     def _is_usual(self, i: int, second: Tensor) -> bool:
         """One displaced pass, dense gradients, no narrow dtype: ĝ can be written over g1."""
@@ -187,13 +181,17 @@ class Combination:
             return False
         return first.dtype.itemsize >= 4
 
-    def _gap(self, i: int, second: Tensor) -> Tensor | None:
-        """g1 − g2, written over g1; None where ĝ = g2 does not ask for it."""
+    def _combine_in_place(self, i: int, second: Tensor) -> Tensor:
+        """ĝ, written over g1."""
+        weight = self._measured.weight
         first, self._first[i] = self._first[i], None
         assert first is not None
-        gap = first if self._measured.weight == 1 and not self._measured.wanted else first.sub_(second)
+        if not self._measured.wanted:
+            self._measured.second.append(vectors.squared(second))
+            return second if weight == 1 else torch.lerp(first, second, weight, out=first)
+        gap = first.sub_(second)
         self._measured.add(second, gap, gap)
-        return None if self._measured.weight == 1 else gap
+        return second if weight == 1 else torch.add(second, gap, alpha=1 - weight, out=gap)
 
     def _difference(self, i: int, second: Tensor | None) -> Tensor | None:
         """Σ (w_k / w_last) (g_k − g1), in float32 or wider; a gradient that is not there counts as zero."""

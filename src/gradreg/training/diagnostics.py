@@ -37,8 +37,9 @@ class Diagnostics:
         self.is_wanted = True  # nobody has measured since the user last read
 
     def count(self, was_active: Tensor) -> None:
-        self._active = self._active + was_active.long()
-        self._skipped = self._skipped + (~was_active).long()
+        active = int(was_active) if vectors.is_readable(was_active) else was_active.long()
+        self._active = self._active + active
+        self._skipped = self._skipped + (1 - active)
 
     def record(self, grad_norm: Tensor, measured: Measured | None) -> None:
         """Keep the measurements of a step; None where the second pass did not run, so that ĝ = g1."""

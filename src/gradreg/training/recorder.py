@@ -8,7 +8,7 @@ see the same batch: a closure that draws the next one is silently wrong, so the 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,8 @@ class Inputs:
     """The tensors that one forward was given, but for those computed by the model; when asked, their values too."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], with_values: bool) -> None:
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not x.requires_grad]
+        leaves = tree_leaves((args, kwargs)) if kwargs or len(args) != 1 else tree_leaves(args[0])
+        tensors = [x for x in leaves if isinstance(x, Tensor) and not x.requires_grad]
         self._shapes = [(tuple(x.shape), x.dtype) for x in tensors]
         plain = [x for x in tensors if x.is_cpu and x.layout is torch.strided and not is_traced(x)]
         self._values = [x.clone() for x in plain] if with_values else []
@@ -98,14 +99,18 @@ class Recorder:
         if self._position is not None:
             self._replay(self._position, Inputs(args, kwargs, self._compares_values))
             return
-        parameters = self._anatomy.parameters
-        versions = [p._version for p in parameters]
-        has_gradient = any(p.grad is not None for p in parameters)
-        if not self._is_ours and (versions != self._versions or (self._had_gradient and not has_gradient)):
-            self.forget()
-        self._versions, self._had_gradient = versions, has_gradient
+        if not self._is_ours:
+            self._notice_step(self._anatomy.parameters)
         self._moments.append(None if self._is_ours and not self._moments else Moment(self._anatomy))
         self._inputs.append(Inputs(args, kwargs, self._compares_values))
+
+    def _notice_step(self, parameters: Sequence[Tensor]) -> None:
+        """Weights that changed or gradients that went since the last forward begin a new window."""
+        versions = [p._version for p in parameters]
+        has_gradient = any(p.grad is not None for p in parameters)
+        if versions != self._versions or (self._had_gradient and not has_gradient):
+            self.forget()
+        self._versions, self._had_gradient = versions, has_gradient
 
     def _replay(self, position: int, inputs: Inputs) -> None:
         if position == 0:
