@@ -10,10 +10,10 @@ from gradreg.lab import demo
 from gradreg.lab.costs import step_costs
 from gradreg.lab.demo import Plan, run_demo, sentence
 from gradreg.lab.folder import BadInput, new_folder, write_json
-from gradreg.lab.methods import METHODS
 from gradreg.lab.plots import accuracy_figure, gradient_norm_figure
 from gradreg.lab.report import page
 from gradreg.lab.tasks import TASKS
+from gradreg.lab.tune import GRIDS
 
 TOY = Plan(tasks=tuple(replace(task, epochs=1, num_train=200) for task in list(TASKS.values())[:2]), seeds=(0, 1))
 
@@ -40,7 +40,7 @@ def test_the_folder_holds_what_was_measured(toy):
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
     assert results["runs"] == lines
-    assert len(lines) == len(TOY.tasks) * len(TOY.seeds) * len(METHODS)
+    assert len(lines) == len(TOY.tasks) * len(TOY.seeds) * len(GRIDS)
     assert {"torch", "gradreg", "python"} <= results["versions"].keys()
 
 
@@ -78,7 +78,7 @@ def test_a_run_that_diverged_is_counted(toy):
         {**r, "diverged": True, "train_loss": float("nan"), "grad_norm": float("nan")} if r["method"] == "B-GR" else r
         for r in results["runs"]
     ]
-    task = demo.summarize(TOY.tasks[0], runs, dict.fromkeys(METHODS, 1.0))
+    task = demo.summarize(TOY.tasks[0], runs, dict.fromkeys(GRIDS, 1.0))
     shown = {**results, "tasks": [task]}
     assert "2 diverged" in page(
         shown, {"accuracy": accuracy_figure(shown), "gradient_norm": gradient_norm_figure(shown)}
@@ -103,9 +103,9 @@ def test_a_number_that_is_not_finite_is_null(tmp_path):
 
 def test_every_method_has_a_cost_relative_to_sgd():
     task = TOY.tasks[1]
-    chosen = {name: {"weight_decay": 0.0, "settings": method.grid[0]} for name, method in METHODS.items()}
+    chosen = {name: {"learning_rate": 0.1, "weight_decay": 0.0, "settings": grid[0]} for name, grid in GRIDS.items()}
     costs = step_costs(task, chosen, rounds=3)
-    assert set(costs) == set(METHODS)
+    assert set(costs) == set(GRIDS)
     assert costs["SGD"] == 1.0
     assert all(0 < cost < math.inf for cost in costs.values())
 
@@ -131,8 +131,8 @@ def test_the_sentence_says_what_the_verdicts_say(verdicts, expected):
 
 
 def test_an_interrupted_demo_keeps_what_finished(tmp_path, monkeypatch):
-    def run_all(configs, workers):
-        yield from real([configs[0]], workers)
+    def run_all(jobs, workers):
+        yield from real([jobs[0]], workers)
         raise KeyboardInterrupt
 
     real = demo.run_all

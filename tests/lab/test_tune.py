@@ -5,10 +5,9 @@ import pytest
 
 from gradreg.lab import tune as tuning
 from gradreg.lab.commands import LAST_SEED
-from gradreg.lab.methods import METHODS
 from gradreg.lab.runs import Result
 from gradreg.lab.tasks import TASKS
-from gradreg.lab.tune import FACTOR, FIRST_SEED, SHIPPED, START, Scored, best, neighbors, tune
+from gradreg.lab.tune import FACTOR, FIRST_SEED, GRIDS, SHIPPED, START, Scored, best, neighbors, tune
 
 TASK = next(iter(TASKS.values()))
 
@@ -19,14 +18,14 @@ def test_what_is_shipped_covers_every_task_and_method():
     assert min(shipped["seeds"]) >= FIRST_SEED > LAST_SEED
     assert shipped["tasks"].keys() == TASKS.keys()
     for methods in shipped["tasks"].values():
-        assert methods.keys() == METHODS.keys()
+        assert methods.keys() == GRIDS.keys()
         for name, chosen in methods.items():
-            assert chosen["settings"] in METHODS[name].grid
+            assert chosen["settings"] in GRIDS[name]
             assert chosen["trials"] <= methods["SGD"]["trials"]
 
 
 def test_every_method_but_sgd_has_as_many_settings():
-    assert {len(method.grid) for name, method in METHODS.items() if name != "SGD"} == {6}
+    assert {len(grid) for name, grid in GRIDS.items() if name != "SGD"} == {6}
 
 
 def test_a_lattice_point_is_itself_again_on_the_way_back():
@@ -46,9 +45,9 @@ def landscape(monkeypatch):
     """Runs that are not trained: accuracy falls with the distance to a known best point."""
     asked = []
 
-    def run_all(configs, workers):
-        asked.extend(configs)
-        for k, config in enumerate(configs):
+    def run_all(jobs, workers):
+        asked.extend(jobs)
+        for k, config in enumerate(job.config for job in jobs):
             distance = abs(config.learning_rate - 0.018 / 3) + abs(config.weight_decay - 2.7e-3 * 9)
             bonus = 0.1 if config.settings in ({"gamma": 0.2}, {"rho": 0.4}) else 0.0
             yield k, Result(0.8 - distance + bonus, 0.0, 0.0, [], False, 0.0)
@@ -59,7 +58,7 @@ def landscape(monkeypatch):
 
 def test_the_climb_finds_a_best_point_off_the_first_nine(landscape, tmp_path):
     choice = tune([TASK], [FIRST_SEED, FIRST_SEED + 1], tmp_path, 1, lambda *_: None)
-    chosen = choice["tasks"][TASK.name]
+    chosen = choice["tasks"][TASK.task]
     assert (chosen["SGD"]["learning_rate"], chosen["SGD"]["weight_decay"]) == pytest.approx((0.006, 0.0243))
     assert chosen["DB"]["settings"] == {"gamma": 0.2}
     assert chosen["SAM"]["settings"] == {"rho": 0.4}
@@ -69,9 +68,11 @@ def test_the_climb_finds_a_best_point_off_the_first_nine(landscape, tmp_path):
 
 def test_tuning_scores_validation_rows_only(landscape, tmp_path):
     tune([TASK], [FIRST_SEED], tmp_path, 1, lambda *_: None)
-    assert {config.scored_on for config in landscape} == {"validation"}
-    assert {config.seed for config in landscape} == {FIRST_SEED}
-    tried = [(c.method, c.learning_rate, c.weight_decay, *c.settings.items()) for c in landscape]
+    assert {job.scored_on for job in landscape} == {"validation"}
+    assert {job.config.seed for job in landscape} == {FIRST_SEED}
+    tried = [
+        (c.method, c.learning_rate, c.weight_decay, *c.settings.items()) for c in (job.config for job in landscape)
+    ]
     assert len(set(tried)) == len(tried), "nothing is tried twice"
 
 
@@ -79,4 +80,4 @@ def test_a_toy_task_is_tuned_for_real(tmp_path):
     choice = tune([replace(TASK, epochs=1, num_train=100)], [FIRST_SEED], tmp_path, 1, lambda *_: None)
     trials = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text(encoding="utf-8").splitlines()]
     of_sgd = [trial["accuracy"] for trial in trials if trial["method"] == "SGD"]
-    assert choice["tasks"][TASK.name]["SGD"]["validation_accuracy"] == pytest.approx(max(of_sgd), abs=1e-4)
+    assert choice["tasks"][TASK.task]["SGD"]["validation_accuracy"] == pytest.approx(max(of_sgd), abs=1e-4)

@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from gradreg.lab import stats
+from gradreg.lab.config import RunConfig
 from gradreg.lab.costs import step_costs
 from gradreg.lab.folder import append_line, write_json, write_text
 from gradreg.lab.methods import METHODS
 from gradreg.lab.pool import run_all
 from gradreg.lab.progress import progress_bar
-from gradreg.lab.runs import Config, record
-from gradreg.lab.tasks import TASKS, Task
-from gradreg.lab.tune import SHIPPED, versions
+from gradreg.lab.runs import Job, record
+from gradreg.lab.tasks import TASKS
+from gradreg.lab.tune import GRIDS, SHIPPED, configure, versions
 
 DEFAULT_SEEDS = 6
 QUICK_SEEDS = 3
-QUICK_TASKS = tuple(task.name for task in TASKS.values() if task.model == "mlp" and task.random_labels)
+QUICK_TASKS = tuple(task.task for task in TASKS.values() if task.model == "mlp" and task.random_labels)
 
 Row = dict[str, Any]
 
@@ -32,7 +33,7 @@ Row = dict[str, Any]
 class Plan:
     """What a demo runs."""
 
-    tasks: tuple[Task, ...]
+    tasks: tuple[RunConfig, ...]
     """Each with every method."""
     seeds: tuple[int, ...]
     """At least two, none of the tuning's."""
@@ -44,7 +45,7 @@ def run_demo(plan: Plan, folder: Path, workers: int) -> Row:
     """Measure, write the folder, print the table; return what results.json holds."""
     started = time.perf_counter()
     tuned = json.loads(SHIPPED.read_text(encoding="utf-8"))
-    chosen = {task.name: tuned["tasks"][task.name] for task in plan.tasks}
+    chosen = {task.task: tuned["tasks"][task.task] for task in plan.tasks}
     about = {
         "name": folder.name,
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -58,27 +59,27 @@ def run_demo(plan: Plan, folder: Path, workers: int) -> Row:
     }
     write_json(folder / "config.json", about)
 
-    configs = [
-        Config(task, method, h["learning_rate"], h["weight_decay"], h["settings"], seed)
+    jobs = [
+        Job(configure(task, method, h, seed))
         for seed in plan.seeds  # seed by seed, so that an early end leaves whole comparisons
         for task in plan.tasks
-        for method, h in chosen[task.name].items()
+        for method, h in chosen[task.task].items()
     ]
     runs: list[Row] = []
     with progress_bar() as progress:
-        progress("cost of a step", 0, len(configs))
+        progress("cost of a step", 0, len(jobs))
         costs = _costs(plan.tasks, chosen)
-        progress("training", 0, len(configs))
-        with closing(run_all(configs, workers)) as results:
+        progress("training", 0, len(jobs))
+        with closing(run_all(jobs, workers)) as results:
             for k, result in results:
-                runs.append(record(configs[k], result))
+                runs.append(record(jobs[k], result))
                 append_line(folder / "runs.jsonl", runs[-1])
-                progress("training", len(runs), len(configs))
+                progress("training", len(runs), len(jobs))
 
     results = {
         **about,
         "seconds": round(time.perf_counter() - started, 1),
-        "tasks": [summarize(task, runs, costs[task.name]) for task in plan.tasks],
+        "tasks": [summarize(task, runs, costs[task.task]) for task in plan.tasks],
         "runs": runs,
     }
     write_json(folder / "results.json", results)
@@ -102,24 +103,24 @@ def _command(plan: Plan) -> str:
     return f"gradreg demo{quick} --seed {plan.seeds[0]} --seeds {len(plan.seeds)}"
 
 
-def _costs(tasks: Sequence[Task], chosen: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def _costs(tasks: Sequence[RunConfig], chosen: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Measured once for each data set and model: what the labels are does not change the work."""
     measured: dict[tuple[str, str], dict[str, float]] = {}
     for task in tasks:
         if (task.data, task.model) not in measured:
-            measured[task.data, task.model] = step_costs(task, chosen[task.name])
-    return {task.name: measured[task.data, task.model] for task in tasks}
+            measured[task.data, task.model] = step_costs(task, chosen[task.task])
+    return {task.task: measured[task.data, task.model] for task in tasks}
 
 
-def summarize(task: Task, runs: Sequence[Row], costs: Mapping[str, float]) -> Row:
+def summarize(task: RunConfig, runs: Sequence[Row], costs: Mapping[str, float]) -> Row:
     """One task: a row for each method, and one sentence made from the verdicts."""
     by_method = {
-        method: sorted((r for r in runs if (r["task"], r["method"]) == (task.name, method)), key=lambda r: r["seed"])
-        for method in METHODS
+        method: sorted((r for r in runs if (r["task"], r["method"]) == (task.task, method)), key=lambda r: r["seed"])
+        for method in GRIDS
     }
     baseline = [r["accuracy"] for r in by_method["SGD"]]
-    rows = [_summary(method, by_method[method], baseline, costs[method]) for method in METHODS]
-    return {"name": task.name, **asdict(task), "methods": rows, "sentence": sentence(rows)}
+    rows = [_summary(method, by_method[method], baseline, costs[method]) for method in GRIDS]
+    return {"name": task.task, **asdict(task), "methods": rows, "sentence": sentence(rows)}
 
 
 def _summary(method: str, runs: Sequence[Row], baseline: Sequence[float], cost: float) -> Row:
@@ -127,7 +128,8 @@ def _summary(method: str, runs: Sequence[Row], baseline: Sequence[float], cost: 
     row: Row = {
         "name": method,
         "about": METHODS[method].about,
-        **{key: runs[0][key] for key in ("learning_rate", "weight_decay", "settings")},
+        **{key: runs[0][key] for key in ("learning_rate", "weight_decay")},
+        "settings": {key: runs[0][key] for key in METHODS[method].needs},
         "accuracy": asdict(stats.mean_interval(accuracies)),
         "train_loss": _mean([r["train_loss"] for r in runs]),
         "grad_norm": _mean([r["grad_norm"] for r in runs]),

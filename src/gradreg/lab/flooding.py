@@ -38,13 +38,14 @@ from torch.func import functional_call, grad
 from gradreg import Flooding, GradientRegularizer
 from gradreg.functional import penalty_gradient
 from gradreg.lab import stats
+from gradreg.lab.data import Part, Split, load
 from gradreg.lab.dln_report import STYLE, console, ranged, table_of
 from gradreg.lab.folder import write_json, write_text
 from gradreg.lab.jobs import run_jobs
 from gradreg.lab.models import build
 from gradreg.lab.plots import COLORS, svg
 from gradreg.lab.runs import accuracy, measure
-from gradreg.lab.tasks import TASKS, Part, Split, load
+from gradreg.lab.tasks import TASKS
 from gradreg.lab.tune import versions
 
 DEFAULT_SEEDS, QUICK_SEEDS = 3, 2
@@ -106,7 +107,7 @@ def run_flooding(plan: Plan, folder: Path) -> Row:
         "command": plan.command,
         "is_quick": plan.is_quick,
         "seeds": list(plan.seeds),
-        "task": TASK.name,
+        "task": TASK.task,
         "machine": f"{os.cpu_count()} CPU cores, {plan.workers} threads",
         "versions": versions(),
         "identity": identity(plan.seeds[0]),
@@ -129,7 +130,8 @@ def _shorter(mode: Mode) -> Mode:
 
 def identity(seed: int) -> list[Row]:
     """Two flooded steps against one step of the penalty, in both orders, from two independent codes."""
-    data, model = _doubled(load(TASK, seed)), build(TASK, seed).double()
+    start = start_of(seed)
+    data, model = start.data, start.model
     batch, rate = data.train[torch.arange(100)], 0.1
     loss_of = _loss_of(model, batch)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -168,7 +170,8 @@ def _flat(parameters: dict[str, Tensor]) -> Tensor:
 
 def _doubled(split: Split) -> Split:
     """In float64: a pair moves the weights by η² only, far below what float32 resolves after many steps."""
-    return Split(*(Part(part.x.double(), part.y) for part in (split.train, split.validation, split.test)))
+    train, validation, test = (Part(part.x.double(), part.y) for part in (split.train, split.validation, split.test))
+    return Split(train, validation, test)
 
 
 # Real runs.
@@ -186,7 +189,9 @@ class Start:
 
 def start_of(seed: int) -> Start:
     """Data with the random labels of a seed, and a model initialized by it."""
-    return Start(seed, _doubled(load(TASK, seed)), build(TASK, seed).double())
+    config = replace(TASK, seed=seed)
+    data = load(config)
+    return Start(seed, _doubled(data), build(config, data).double())
 
 
 def compare(mode: Mode, start: Start) -> Row:

@@ -1,101 +1,115 @@
 """The methods that are compared, as values: each turns a loss into the gradient that the optimizer sees.
 
-A method has a grid of settings, the same number for each, from which the tuning chooses on validation rows. γ rises
-from 0 over the first 30% of the steps: without it a large γ diverges in some seeds. SAM and flooding have no γ and
-run as published, from the first step on.
+γ rises from 0 over the first steps (`warmup`): without it a large γ diverges in some seeds. SAM and flooding have no
+γ and run as published, from the first step on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
 import gradreg
 
-LossFunction = Callable[[], Tensor]
-Backward = Callable[[LossFunction], Tensor]  # leaves the gradient in .grad and returns L(θ)
-Settings = dict[str, float]
+if TYPE_CHECKING:
+    from gradreg.lab.config import RunConfig
 
-WARMUP_SHARE = 0.3
+LossFunction = Callable[[], Tensor]
+
+
+class Backward(Protocol):
+    """Adds the gradient to `.grad` and returns L(θ), detached; `backward` runs the backward pass of a loss."""
+
+    def __call__(self, loss_fn: LossFunction, /, *, backward: Callable[[Tensor], Any] = ...) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A method on a model."""
+
+    backward: Backward
+    regularizer: gradreg.GradientRegularizer | None = None
+    """What has a state to save, if the method has one."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table."""
+    """A row of the tables."""
 
     name: str
     about: str
-    """One line for the report."""
-    grid: tuple[Settings, ...]
-    """The settings that the tuning tries."""
-    attach: Callable[..., Backward]
-    """`attach(model, num_steps, **settings)` gives the backward pass of a run of `num_steps` steps."""
+    """One line for the reports."""
+    needs: tuple[str, ...]
+    """The settings of a configuration that it reads."""
+    attach: Callable[[nn.Module, int, RunConfig], Attached]
+    """The method on a model, for a run of so many steps."""
 
 
-def _sgd(model: nn.Module, num_steps: int) -> Backward:
-    del model, num_steps
+def _sgd(model: nn.Module, num_steps: int, config: RunConfig) -> Attached:
+    del model, num_steps, config
 
-    def backward(loss_fn: LossFunction) -> Tensor:
+    def run(loss_fn: LossFunction, *, backward: Callable[[Tensor], Any] = Tensor.backward) -> Tensor:
         loss = loss_fn()
-        loss.backward()
+        backward(loss)
         return loss.detach()
 
-    return backward
+    return Attached(run)
 
 
-def _penalty(scheme: str) -> Callable[..., Backward]:
-    def attach(model: nn.Module, num_steps: int, *, gamma: float, epsilon: float = 1.0) -> Backward:
-        rising = gradreg.warmup(gamma, max(1, round(WARMUP_SHARE * num_steps)))
-        return gradreg.GradientRegularizer(model, rising, epsilon, scheme=scheme).backward
+def _penalty(scheme: str) -> Callable[[nn.Module, int, RunConfig], Attached]:
+    def attach(model: nn.Module, num_steps: int, config: RunConfig) -> Attached:
+        assert config.gamma is not None
+        rising_steps = round(config.warmup * num_steps)
+        gamma = gradreg.warmup(config.gamma, rising_steps) if rising_steps else config.gamma
+        epsilon = 1.0 if config.epsilon is None else config.epsilon  # DB has none
+        ascent = "gradient" if scheme == "exact" else config.ascent
+        regularizer = gradreg.GradientRegularizer(model, gamma, epsilon, scheme=scheme, ascent=ascent)
+        return Attached(regularizer.backward, regularizer)
 
     return attach
 
 
-def _sam(model: nn.Module, num_steps: int, *, rho: float) -> Backward:
+def _sam(model: nn.Module, num_steps: int, config: RunConfig) -> Attached:
     del num_steps
-    return gradreg.sam(model, rho).backward
+    assert config.rho is not None
+    regularizer = gradreg.sam(model, config.rho)
+    return Attached(regularizer.backward, regularizer)
 
 
-def _flooding(model: nn.Module, num_steps: int, *, level: float) -> Backward:
+def _asam(model: nn.Module, num_steps: int, config: RunConfig) -> Attached:
+    del num_steps
+    assert config.rho is not None
+    regularizer = gradreg.asam(model, config.rho)
+    return Attached(regularizer.backward, regularizer)
+
+
+def _flooding(model: nn.Module, num_steps: int, config: RunConfig) -> Attached:
     """Returns the loss before flooding, as the other methods do."""
     del model, num_steps
-    flooding = gradreg.Flooding(level)
+    assert config.level is not None
+    flooding = gradreg.Flooding(config.level)
 
-    def backward(loss_fn: LossFunction) -> Tensor:
+    def run(loss_fn: LossFunction, *, backward: Callable[[Tensor], Any] = Tensor.backward) -> Tensor:
         loss = loss_fn()
-        flooding(loss).backward()
+        backward(flooding(loss))
         return loss.detach()
 
-    return backward
+    return Attached(run)
 
-
-def _grid(**values: tuple[float, ...]) -> tuple[Settings, ...]:
-    return tuple(dict(zip(values, point)) for point in product(*values.values()))
-
-
-_GAMMA_EPSILON = _grid(gamma=(0.05, 0.2, 0.5), epsilon=(0.3, 1.0))
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("SGD", "plain training", ({},), _sgd),
-        Method("F-GR", "forward difference of the gradient", _GAMMA_EPSILON, _penalty("forward")),
-        Method("B-GR", "backward difference of the gradient", _GAMMA_EPSILON, _penalty("backward")),
-        Method(
-            "DB",
-            "the exact penalty by double backpropagation",
-            _grid(gamma=(0.003, 0.01, 0.03, 0.1, 0.2, 0.4)),
-            _penalty("exact"),
-        ),
-        Method("SAM", "gradient at distance ρ uphill", _grid(rho=(0.01, 0.02, 0.05, 0.1, 0.2, 0.4)), _sam),
-        Method(
-            "Flooding",
-            "loss pushed back up below a level",
-            _grid(level=(0.02, 0.05, 0.1, 0.2, 0.4, 0.8)),
-            _flooding,
-        ),
+        Method("SGD", "plain training", (), _sgd),
+        Method("F-GR", "forward difference of the gradient", ("gamma", "epsilon"), _penalty("forward")),
+        Method("B-GR", "backward difference of the gradient", ("gamma", "epsilon"), _penalty("backward")),
+        Method("Central", "centered difference of the gradient", ("gamma", "epsilon"), _penalty("central")),
+        Method("DB", "the exact penalty by double backpropagation", ("gamma",), _penalty("exact")),
+        Method("SAM", "gradient at distance ρ uphill", ("rho",), _sam),
+        Method("ASAM", "gradient at a distance uphill that scales with the weights", ("rho",), _asam),
+        Method("Flooding", "loss pushed back up below a level", ("level",), _flooding),
     )
 }

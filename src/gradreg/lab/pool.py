@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import torch
 
-from gradreg.lab.runs import Config, Result, run
+from gradreg.lab.runs import Job, Result, run
 
 
 def default_workers() -> int:
@@ -19,19 +19,19 @@ def default_workers() -> int:
     return min(2, os.cpu_count() or 1)
 
 
-def run_all(configs: Sequence[Config], workers: int) -> Generator[tuple[int, Result], None, None]:
-    """The place of each configuration with its result, in the order in which they finish.
+def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[int, Result], None, None]:
+    """The place of each job with its result, in the order in which they finish.
 
     Ctrl-C reaches this process alone: runs that wait are dropped, those under way end and are not reported.
     """
     if workers == 1:
-        yield from ((k, run(config)) for k, config in enumerate(configs))
+        yield from ((k, run(job)) for k, job in enumerate(jobs))
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_prepare)
     try:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the processes that `submit` starts
         try:
-            futures = {pool.submit(run, config): k for k, config in enumerate(configs)}
+            futures = {pool.submit(run, job): k for k, job in enumerate(jobs)}
         finally:
             signal.signal(signal.SIGINT, before)
         for future in as_completed(futures):

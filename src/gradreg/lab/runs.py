@@ -1,6 +1,6 @@
 """One training run: data, model, loop, metrics.
 
-SGD with momentum 0.9, a cosine learning rate that ends at 0, weight decay in the optimizer. The model of the last
+A cosine learning rate that ends at 0, weight decay in the optimizer. The model of the last
 step is the one that is scored; nothing is picked along the way.
 
 Defined as: *training loss* L and *gradient norm* ‖∇L‖₂ over all parameters, both of the plain cross-entropy (no
@@ -13,36 +13,24 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradreg.lab.methods import METHODS, Settings
+from gradreg.lab.config import RunConfig
+from gradreg.lab.data import Part, load
+from gradreg.lab.methods import METHODS
 from gradreg.lab.models import build
-from gradreg.lab.tasks import Part, Task, load
-
-MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
-class Config:
-    """Everything that decides a run."""
+class Job:
+    """A run, and what is looked at in it."""
 
-    task: Task
-    """Data, model, labels, length."""
-    method: str
-    """A name in the table of methods."""
-    learning_rate: float
-    """The first, and highest, of the cosine schedule."""
-    weight_decay: float
-    """Added to the gradient as weight_decay · θ, after the method has had its say."""
-    settings: Settings = field(default_factory=dict)
-    """The method's own: γ, ε, ρ or a level."""
-    seed: int = 0
-    """Initialization, order of the batches, which labels are random."""
+    config: RunConfig
     scored_on: str = "test"
     """`test`, or `validation` while tuning: a run looks at one of the two."""
     num_records: int = 10
@@ -62,30 +50,29 @@ class Result:
     seconds: float
 
 
-def run(config: Config) -> Result:
+def run(job: Job) -> Result:
     """Train and measure. Bitwise the same for the same configuration on the same machine."""
     started = time.perf_counter()
-    task = config.task
-    data = load(task, config.seed)
-    model = build(task, config.seed)
-    backward = METHODS[config.method].attach(model, task.num_steps, **config.settings)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=config.learning_rate, momentum=MOMENTUM, weight_decay=config.weight_decay
-    )
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.num_steps)
+    config = job.config
+    data = load(config)
+    model = build(config, data)
+    steps_per_epoch = len(data.train) // config.batch_size
+    num_steps = config.epochs * steps_per_epoch
+    backward = METHODS[config.method].attach(model, num_steps, config).backward
+    optimizer = make_optimizer(config, model)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     batch_order = torch.Generator().manual_seed(config.seed)
 
     trace: list[dict[str, float]] = []
-    record_every = max(1, task.epochs // config.num_records) if config.num_records else task.epochs + 1
-    steps_per_epoch = task.num_train // task.batch_size
-    for epoch in range(task.epochs):
-        if epoch % record_every == 0 and config.num_records:
+    record_every = max(1, config.epochs // job.num_records) if job.num_records else config.epochs + 1
+    for epoch in range(config.epochs):
+        if epoch % record_every == 0 and job.num_records:
             trace.append({"step": epoch * steps_per_epoch, **measure(model, data.train)})
             if not math.isfinite(trace[-1]["train_loss"]):
                 break
         model.train()
-        order = torch.randperm(task.num_train, generator=batch_order)
-        for rows in order[: steps_per_epoch * task.batch_size].split(task.batch_size):
+        order = torch.randperm(len(data.train), generator=batch_order)
+        for rows in order[: steps_per_epoch * config.batch_size].split(config.batch_size):
             batch = data.train[rows]
             optimizer.zero_grad()
             backward(lambda batch=batch: F.cross_entropy(model(batch.x), batch.y))
@@ -93,12 +80,21 @@ def run(config: Config) -> Result:
             cosine.step()
 
     last = measure(model, data.train)
-    trace.append({"step": task.num_steps, **last})
-    scored = {"test": data.test, "validation": data.validation}[config.scored_on]
+    trace.append({"step": num_steps, **last})
+    scored = {"test": data.test, "validation": data.validation}[job.scored_on]
     diverged = not math.isfinite(last["train_loss"])
     return Result(
         accuracy(model, scored), **last, trace=trace, diverged=diverged, seconds=time.perf_counter() - started
     )
+
+
+def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a run on all parameters."""
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=rate, momentum=config.momentum, weight_decay=decay)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    return kind(model.parameters(), lr=rate, weight_decay=decay)
 
 
 def measure(model: nn.Module, part: Part) -> dict[str, float]:
@@ -117,6 +113,6 @@ def accuracy(model: nn.Module, part: Part) -> float:
     return (model(part.x).argmax(1) == part.y).float().mean().item()
 
 
-def record(config: Config, result: Result) -> dict[str, Any]:
+def record(job: Job, result: Result) -> dict[str, Any]:
     """A line of runs.jsonl."""
-    return {**asdict(config), "task": config.task.name, **asdict(result)}
+    return {**asdict(job.config), "task": job.config.task, "scored_on": job.scored_on, **asdict(result)}

@@ -32,16 +32,33 @@ from typing import Any
 import torch
 
 import gradreg
+from gradreg.lab.config import RunConfig
 from gradreg.lab.folder import append_line, write_json
-from gradreg.lab.methods import METHODS, Settings
 from gradreg.lab.pool import run_all
-from gradreg.lab.runs import Config, record
-from gradreg.lab.tasks import Task
+from gradreg.lab.runs import Job, record
 
 FIRST_SEED = 1_000_000  # the demo's seeds lie below
 FACTOR = 3.0
 MOST_CLIMBS = 5
 SHIPPED = Path(str(files("gradreg.lab"))) / "demo.json"
+
+
+Settings = dict[str, float]
+
+
+def _grid(**values: tuple[float, ...]) -> tuple[Settings, ...]:
+    return tuple(dict(zip(values, point)) for point in product(*values.values()))
+
+
+GRIDS: dict[str, tuple[Settings, ...]] = {
+    "SGD": ({},),
+    "F-GR": _grid(gamma=(0.05, 0.2, 0.5), epsilon=(0.3, 1.0)),
+    "B-GR": _grid(gamma=(0.05, 0.2, 0.5), epsilon=(0.3, 1.0)),
+    "DB": _grid(gamma=(0.003, 0.01, 0.03, 0.1, 0.2, 0.4)),
+    "SAM": _grid(rho=(0.01, 0.02, 0.05, 0.1, 0.2, 0.4)),
+    "Flooding": _grid(level=(0.02, 0.05, 0.1, 0.2, 0.4, 0.8)),
+}
+"""The methods of the demo, each with the settings that are tried: the same number for each but SGD."""
 
 
 @dataclass(frozen=True)
@@ -66,25 +83,27 @@ Key = tuple[str, str]  # task and method
 Progress = Callable[[str, int, int], None]  # what is running, runs done, runs planned
 
 
-def tune(tasks: Sequence[Task], seeds: Sequence[int], folder: Path, workers: int, progress: Progress) -> dict[str, Any]:
+def tune(
+    tasks: Sequence[RunConfig], seeds: Sequence[int], folder: Path, workers: int, progress: Progress
+) -> dict[str, Any]:
     """Run the four rounds, keep every run in trials.jsonl and the choice in demo.json; return the choice."""
     started = time.perf_counter()
-    by_name = {task.name: task for task in tasks}
-    scored: dict[Key, list[Scored]] = {(task, method): [] for task in by_name for method in METHODS}
+    by_name = {task.task: task for task in tasks}
+    scored: dict[Key, list[Scored]] = {(task, method): [] for task in by_name for method in GRIDS}
 
     def play(label: str, candidates: Mapping[Key, Sequence[Candidate]]) -> None:
         entries = [(key, candidate) for key, row in candidates.items() for candidate in row]
-        configs = [
-            Config(by_name[task], method, c.learning_rate, c.weight_decay, c.settings, seed, "validation", 0)
+        jobs = [
+            Job(configure(by_name[task], method, asdict(c), seed), "validation", num_records=0)
             for (task, method), c in entries
             for seed in seeds
         ]
-        accuracies = [0.0] * len(configs)
-        with closing(run_all(configs, workers)) as results:
+        accuracies = [0.0] * len(jobs)
+        with closing(run_all(jobs, workers)) as results:
             for done, (k, result) in enumerate(results, 1):
-                append_line(folder / "trials.jsonl", record(configs[k], result))
+                append_line(folder / "trials.jsonl", record(jobs[k], result))
                 accuracies[k] = result.accuracy
-                progress(label, done, len(configs))
+                progress(label, done, len(jobs))
         for k, (key, candidate) in enumerate(entries):
             of_seeds = accuracies[k * len(seeds) : (k + 1) * len(seeds)]
             scored[key].append(Scored(candidate, sum(of_seeds) / len(seeds)))
@@ -106,9 +125,7 @@ def tune(tasks: Sequence[Task], seeds: Sequence[int], folder: Path, workers: int
     play(
         "other methods, settings",
         {
-            (task, method): [
-                replace(c, settings=s) for c in (at[task], less_decay(at[task])) for s in METHODS[method].grid
-            ]
+            (task, method): [replace(c, settings=s) for c in (at[task], less_decay(at[task])) for s in GRIDS[method]]
             for task, method in others
         },
     )
@@ -121,10 +138,16 @@ def tune(tasks: Sequence[Task], seeds: Sequence[int], folder: Path, workers: int
         "machine": f"CPU cores: {os.cpu_count()}, processes: {workers}",
         "versions": versions(),
         "seeds": list(seeds),
-        "tasks": {task: {method: _choice(scored[task, method], len(seeds)) for method in METHODS} for task in by_name},
+        "tasks": {task: {method: _choice(scored[task, method], len(seeds)) for method in GRIDS} for task in by_name},
     }
     write_json(folder / "demo.json", choice)
     return choice
+
+
+def configure(task: RunConfig, method: str, chosen: Mapping[str, Any], seed: int) -> RunConfig:
+    """A task with a method, at the learning rate, weight decay and settings that were chosen for it."""
+    hyper_parameters = {key: chosen[key] for key in ("learning_rate", "weight_decay")}
+    return replace(task, method=method, seed=seed, **hyper_parameters, **chosen["settings"])
 
 
 def best(scored: Sequence[Scored]) -> Candidate:

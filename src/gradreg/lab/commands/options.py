@@ -1,0 +1,65 @@
+"""The command line's app, and the options that commands share: checked here, with one line for what cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+import gradreg
+from gradreg.lab.folder import BadInput
+
+app = App(
+    name="gradreg",
+    help="Gradient regularization, and the laboratory that shows when it helps.",
+    version=gradreg.__version__,
+    suppress_keyboard_interrupt=False,  # cli.py says what was kept
+)
+
+LAST_SEED = 999_999  # the tuning's seeds lie above
+MOST_WORKERS = 64
+
+
+def whole(field: str, low: int, high: int, meaning: str) -> Parameter:
+    """An option that is a whole number from `low` to `high`."""
+
+    def convert(_: Any, tokens: Sequence[Any]) -> int:
+        text = tokens[0].value
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or not low <= number <= high:
+            raise BadInput(f"{field} must be a whole number from {low} to {high}, got {text!a}.")
+        return number
+
+    return Parameter(name=field, converter=convert, help=f"{meaning} ({low} to {high}).", allow_leading_hyphen=True)
+
+
+def switch(field: str, meaning: str) -> Parameter:
+    return Parameter(name=field, negative="", help=meaning)
+
+
+@contextmanager
+def interrupted_in(runs: Path) -> Iterator[None]:
+    """Ctrl-C says where the finished runs are."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"finished runs are kept in {runs}") from None
+
+
+@contextmanager
+def nothing_in(folder: Path) -> Iterator[None]:
+    """Ctrl-C says that there is no result."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"no result was written to {folder}") from None
+
+
+Out = Annotated[Path | None, Parameter(name="--out", help="New or empty folder; by default results/COMMAND-TIME.")]
+Workers = Annotated[int | None, whole("--workers", 1, MOST_WORKERS, "Processes, one thread each; by default 2")]

@@ -1,0 +1,160 @@
+"""The configuration of a run: typed, checked when it is made, the same on the command line and in a YAML file.
+
+Every field says in its metadata what it means and which values it may take; the checks, the options of
+`gradreg train` and `gradreg sweep`, and the messages for bad input are all made from that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+from gradreg.lab.folder import BadInput
+from gradreg.lab.methods import METHODS
+
+DATA = ("mnist1d", "digits", "cifar10", "cifar100", "images", "hub", "text")
+MODELS = ("mlp", "cnn", "resnet18", "wideresnet", "vit", "gpt")
+ASCENTS = ("gradient", "normalized", "adaptive")
+OPTIMIZERS = ("sgd", "adam", "adamw")
+PRECISIONS = ("fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
+SETTINGS = ("gamma", "epsilon", "rho", "level")
+"""The fields of which a method needs some and refuses the others."""
+
+
+def _choice(default: str, choices: Sequence[str], about: str) -> Any:
+    return field(default=default, metadata={"about": about, "choices": tuple(choices)})
+
+
+def _whole(default: int | None, low: int, high: int, about: str) -> Any:
+    return field(default=default, metadata={"about": about, "type": int, "low": low, "high": high})
+
+
+def _number(default: float | None, low: float, high: float, about: str, above: bool = False) -> Any:
+    """`above`: larger than `low`, not equal to it."""
+    return field(default=default, metadata={"about": about, "type": float, "low": low, "high": high, "above": above})
+
+
+def _switch(about: str) -> Any:
+    return field(default=False, metadata={"about": about, "type": bool})
+
+
+def _text(about: str) -> Any:
+    return field(default=None, metadata={"about": about, "type": str})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run.
+
+    Raises:
+        BadInput: a value outside of its range, or a setting that the method does not have or lacks; the one-line
+            message names the field, the value and what is allowed.
+
+    Example:
+        >>> RunConfig(method="f-gr", gamma=0.1, epsilon=0.3).task
+        'mnist1d, MLP, clean labels'
+        >>> RunConfig(method="f-gr", gamma=0.1)
+        Traceback (most recent call last):
+        gradreg.lab.folder.BadInput: epsilon must be given with method F-GR, which needs gamma, epsilon.
+    """
+
+    data: str = _choice("mnist1d", DATA, "Data set.")
+    path: str | None = _text("CIFAR archive or image folder on disk, or the name of a data set on the hub.")
+    num_train: int | None = _whole(None, 2, 10**9, "Training rows; by default all that there are.")
+    random_labels: float = _number(0.0, 0, 0.9, "Share of the training labels that are replaced by another class.")
+    augment: bool = _switch("Shift and mirror the training images, as in the paper.")
+    model: str = _choice("mlp", MODELS, "Model.")
+    depth: int | None = _whole(None, 1, 1000, "Layers or blocks; by default the model's own.")
+    width: int | None = _whole(None, 1, 65536, "Units, channels or features; by default the model's own.")
+    method: str = _choice("SGD", tuple(METHODS), "What the optimizer is given in the place of the gradient.")
+    gamma: float | None = _number(None, 0, 1e6, "Strength γ of the penalty.")
+    epsilon: float | None = _number(None, 0, 1e6, "Step length ε of the finite difference.", above=True)
+    rho: float | None = _number(None, 0, 1e6, "Radius ρ of SAM and ASAM.", above=True)
+    level: float | None = _number(None, 0, 1e6, "Flood level.")
+    ascent: str = _choice("gradient", ASCENTS, "Direction of the finite difference, for F-GR, B-GR and Central.")
+    warmup: float = _number(0.3, 0, 1, "Share of the steps over which γ rises from 0.")
+    optimizer: str = _choice("sgd", OPTIMIZERS, "Optimizer.")
+    learning_rate: float = _number(0.1, 0, 1e3, "The first, and highest, of the cosine schedule.", above=True)
+    weight_decay: float = _number(0.0, 0, 1e3, "Weight decay, applied by the optimizer.")
+    momentum: float = _number(0.9, 0, 0.9999, "Momentum of SGD.")
+    batch_size: int = _whole(100, 1, 10**7, "Rows in a step, over all processes.")
+    epochs: int = _whole(30, 1, 10**6, "Passes over the training rows.")
+    precision: str = _choice("fp32", PRECISIONS, "Arithmetic of the forward pass: autocast, fp16 with a scaler.")
+    compile: bool = _switch("Compile the model.")
+    device: str = _choice("auto", DEVICES, "Where to run; auto takes a GPU if there is one.")
+    seed: int = _whole(0, 0, 2**31 - 1, "Decides initialization, order of the batches and which labels are random.")
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            object.__setattr__(self, spec.name, checked(spec, getattr(self, spec.name)))
+        needed = METHODS[self.method].needs
+        for name in SETTINGS:
+            given = getattr(self, name) is not None
+            has = f"method {self.method}, which needs {', '.join(needed) or 'none of these settings'}"
+            if given and name not in needed:
+                raise BadInput(f"{name} must be left out with {has}.")
+            if not given and name in needed:
+                raise BadInput(f"{name} must be given with {has}.")
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """γ, ε, ρ or a level: what the method needs."""
+        return {name: getattr(self, name) for name in METHODS[self.method].needs}
+
+    @property
+    def task(self) -> str:
+        """Data, model and labels, in words."""
+        labels = f"{self.random_labels:.0%} random labels" if self.random_labels else "clean labels"
+        return f"{self.data}, {self.model.upper()}, {labels}"
+
+
+FIELDS: dict[str, Field[Any]] = {spec.name: spec for spec in fields(RunConfig)}
+
+
+def from_mapping(values: Mapping[str, Any], where: str = "configuration") -> RunConfig:
+    """A configuration from a YAML or JSON mapping; an unknown key is an error."""
+    if not isinstance(values, Mapping):
+        raise BadInput(f"{where} must be a mapping of fields to values, got {type(values).__name__}.")
+    unknown = [key for key in values if key not in FIELDS]
+    if unknown:
+        raise BadInput(f"{where} has the unknown field {str(unknown[0])!a}; the fields are {', '.join(FIELDS)}.")
+    return RunConfig(**values)
+
+
+def checked(spec: Field[Any], value: Any) -> Any:
+    """The value of a field in its own type, from Python, YAML or the text of an option."""
+    about = spec.metadata
+    if value is None and spec.default is None:
+        return None
+    if "choices" in about:
+        for choice in about["choices"]:
+            if isinstance(value, str) and value.lower() == choice.lower():
+                return choice
+        raise BadInput(f"{spec.name} must be one of {', '.join(about['choices'])}, got {str(value)!a}.")
+    if about["type"] is bool:
+        if isinstance(value, bool):
+            return value
+        raise BadInput(f"{spec.name} must be true or false, got {str(value)!a}.")
+    if about["type"] is str:
+        if isinstance(value, str) and value and value.isprintable():
+            return value
+        raise BadInput(f"{spec.name} must be a printable text, got {str(value)!a}.")
+    return _checked_number(spec, value)
+
+
+def _checked_number(spec: Field[Any], value: Any) -> Any:
+    kind, low, high = (spec.metadata[key] for key in ("type", "low", "high"))
+    try:
+        number = kind(value)
+        if isinstance(value, bool) or not math.isfinite(number) or (isinstance(value, float) and number != value):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or not low <= number <= high or (spec.metadata.get("above") and number == low):
+        what = "a whole number" if kind is int else "a number"
+        span = f"above {low:g} and at most {high:g}" if spec.metadata.get("above") else f"from {low:g} to {high:g}"
+        raise BadInput(f"{spec.name} must be {what} {span}, got {str(value)!a}.")
+    return number
