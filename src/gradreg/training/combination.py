@@ -70,11 +70,20 @@ class Measured:
 
 
 def take_gradients(parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients, taken away from their parameters: nothing that runs meanwhile can write to them."""
-    taken = [p.grad for p in parameters]
+    """The gradients, taken away from their parameters: nothing that runs meanwhile can write to them.
+
+    A gradient that is a view into something larger is copied: DDP's next backward pass writes to its buckets.
+    """
+    taken = [p.grad if p.grad is None or _owns_storage(p.grad) else p.grad.clone() for p in parameters]
     for p in parameters:
         p.grad = None
     return taken
+
+
+def _owns_storage(g: Tensor) -> bool:
+    if g.layout is not torch.strided or vectors.is_sharded(g):
+        return True
+    return g.untyped_storage().nbytes() == g.numel() * g.element_size()
 
 
 def give_gradients(parameters: Sequence[Tensor], gradients: Gradients) -> None:
@@ -91,6 +100,8 @@ class Combination:
         earlier: gradients of earlier displaced passes, each with w_k / w_last.
         measured: holds ‖g1‖ and the weight c · w_last; receives the rest.
         deferred: combine after the pass instead of during it.
+        is_local: g1 is this rank's own, and ĝ is averaged over ranks once it is made: it must not hide a g1 that is
+            not finite, or this rank alone would know.
         cap: the largest ‖ĝ − g1‖/‖g1‖, or None.
         fall_back: leave g1 where the second gradient is not finite.
     """
@@ -103,6 +114,7 @@ class Combination:
         measured: Measured,
         *,
         deferred: bool,
+        is_local: bool,
         cap: float | None,
         fall_back: bool,
     ) -> None:
@@ -114,7 +126,8 @@ class Combination:
         self._deferred = deferred or self._together
         self._cap = cap
         self._fall_back = fall_back
-        self._is_second = measured.weight == 1 and not (measured.wanted or earlier or self._deferred)
+        self._is_local = is_local
+        self._is_second = measured.weight == 1 and not (measured.wanted or earlier or self._deferred or is_local)
         self._arrived = [False] * len(parameters)
         self._hooks: list[RemovableHandle] = []
 
@@ -188,10 +201,12 @@ class Combination:
         assert first is not None
         if not self._measured.wanted:
             self._measured.second.append(vectors.squared(second))
-            return second if weight == 1 else torch.lerp(first, second, weight, out=first)
+            takes_second = weight == 1 and not self._is_local
+            return second if takes_second else torch.lerp(first, second, weight, out=first)
         gap = first.sub_(second)
         self._measured.add(second, gap, gap)
-        return second if weight == 1 else torch.add(second, gap, alpha=1 - weight, out=gap)
+        takes_second = weight == 1 and not self._is_local
+        return second if takes_second else torch.add(second, gap, alpha=1 - weight, out=gap)
 
     def _difference(self, i: int, second: Tensor | None) -> Tensor | None:
         """Σ (w_k / w_last) (g_k − g1), in float32 or wider; a gradient that is not there counts as zero."""

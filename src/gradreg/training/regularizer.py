@@ -12,11 +12,12 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from gradreg._vectors import is_sharded
 from gradreg.functional.ascents import Ascent, resolve_ascent
 from gradreg.functional.schemes import Scheme, resolve_scheme
 from gradreg.training.anatomy import Anatomy
@@ -25,11 +26,15 @@ from gradreg.training.combination import give_gradients, take_gradients
 from gradreg.training.diagnostics import Diagnostics, Realized
 from gradreg.training.displacement import Displacement
 from gradreg.training.double_backward import ExactPenalty, check_supported
+from gradreg.training.ranks import SYNCS, Ranks
 from gradreg.training.recorder import Recorder
 from gradreg.training.replay import Moment
-from gradreg.training.schedule import Schedule, Strength, check, strength_at
+from gradreg.training.schedule import Schedule, Strength, check, name_of, strength_at
 from gradreg.training.second_pass import Method, SecondPass, dropping_gradients, without_trace
 from gradreg.training.selection import Rules, Selection
+
+Call = Callable[[], Tensor]
+Result = TypeVar("Result")
 
 
 class GradientRegularizer:
@@ -53,6 +58,9 @@ class GradientRegularizer:
         nonfinite: what to leave in `.grad` when g1 is finite and the second gradient is not: `"keep"` leaves the
             non-finite ĝ, so that a gradient scaler skips the step; `"first"` leaves g1, at one more copy of the
             gradients.
+        ascent_sync: under DistributedDataParallel, the direction of the ascent: `"global"`, the gradient of the whole
+            batch, as one process would take it, or `"local"`, each rank's own, which averages gradients once a step
+            instead of twice. Norms and diagnostics are then each rank's own.
 
     Raises:
         ValueError: γ < 0, ε ≤ 0, either not finite, an unknown scheme, ascent or policy, a rule that matches
@@ -86,6 +94,7 @@ class GradientRegularizer:
         exclude: Rules = (),
         cap: float | None = None,
         nonfinite: str = "keep",
+        ascent_sync: str = "global",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -95,9 +104,17 @@ class GradientRegularizer:
             raise ValueError(f"cap must be a finite number > 0, or None for no cap, got {cap!r}.")
         if nonfinite not in ("keep", "first"):
             raise ValueError(f'nonfinite must be "keep" or "first", got {nonfinite!r}.')
+        if ascent_sync not in SYNCS:
+            raise ValueError(f'ascent_sync must be "global" or "local", got {ascent_sync!r}.')
         self.gamma = gamma
         self.epsilon = epsilon
         self._method = Method(resolve_scheme(scheme), resolve_ascent(ascent), cap, nonfinite == "first")
+        self._ascent_sync = ascent_sync
+        if ascent_sync == "local" and (self._method.needs_whole or len(self._method.scheme.stencil) != 1):
+            raise ValueError(
+                'ascent_sync="local" combines each gradient before the ranks average it, which cap, nonfinite="first" '
+                'and the schemes "central" and "exact" cannot: leave them out, or use ascent_sync="global".'
+            )
         if self._method.scheme.is_exact:
             check_supported(model)
         self.model = model
@@ -110,13 +127,14 @@ class GradientRegularizer:
         """What belongs to this object and this process, and travels in no copy or pickle."""
         self._displacement = Displacement()
         self._anatomy = Anatomy(self.model)
+        self._ranks = Ranks(self.model, self._ascent_sync)
         self._recorder = Recorder(self._anatomy)
         self._is_open = False
         self._is_first_call = True
         weakref.finalize(self, self._recorder.handle.remove)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_displacement", "_anatomy", "_recorder", "_is_open", "_is_first_call")
+        own = ("_displacement", "_anatomy", "_ranks", "_recorder", "_is_open", "_is_first_call")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -167,7 +185,7 @@ class GradientRegularizer:
         with self._door():
             strength = strength_at(self.gamma, self.epsilon, self.step)
             if strength is None:
-                losses = [differentiate(call, backward) for call in calls]
+                losses = self._for_each(calls, lambda call: differentiate(call, backward))
             else:
                 with self._adding_to_gradients(), self._all_or_nothing() as before:
                     losses = self._regularize(calls, strength, before, backward, grad_scale)
@@ -175,7 +193,7 @@ class GradientRegularizer:
 
     def _regularize(
         self,
-        calls: Sequence[Callable[[], Tensor]],
+        calls: Sequence[Call],
         strength: Strength,
         before: Moment,
         backward: Backward,
@@ -185,8 +203,8 @@ class GradientRegularizer:
         if self._method.scheme.is_exact and len(calls) == 1 and backward is Tensor.backward:
             return [exact.in_one_pass(calls[0], self.selection.others)]
         factors: list[Tensor] = []
-        with self._recorder.first_pass():
-            losses = [differentiate(call, backward, factors, self._check_first_loss) for call in calls]
+        with self._recorder.first_pass(), self._ranks.first_pass():
+            losses = self._for_each(calls, lambda call: differentiate(call, backward, factors, self._check_first_loss))
         self._is_first_call = False
         if factors and not isinstance(grad_scale, Tensor) and grad_scale == 1:
             grad_scale = factors[0].clamp(min=1)
@@ -198,15 +216,25 @@ class GradientRegularizer:
             exact.add(penalty, grad_scale)
             return losses
 
+        def play(call: Call) -> None:
+            loss = call()
+            if loss.requires_grad:  # else: nothing selected takes part in the displaced pass
+                backward(loss)
+
         def replay() -> None:
             before.restore()
-            for call in calls:
-                loss = call()
-                if loss.requires_grad:  # else: nothing selected takes part in the displaced pass
-                    backward(loss)
+            self._for_each(calls, play)
 
         self._second_pass(replay, strength, grad_scale, num_backwards=len(calls))
         return losses
+
+    def _for_each(self, calls: Sequence[Call], play: Callable[[Call], Result]) -> list[Result]:
+        """The micro-batches of a window; ranks average gradients in the last."""
+        results = []
+        for k, call in enumerate(calls, 1):
+            with self._ranks.micro_batch(is_last=k == len(calls)):
+                results.append(play(call))
+        return results
 
     def _second_pass(
         self,
@@ -233,6 +261,8 @@ class GradientRegularizer:
         num_backwards: int,
         others: Sequence[Tensor] = (),
     ) -> SecondPass:
+        # Replicas average g2 after its arrival; where it is to be measured, it is measured then.
+        measures_late = self._ranks.is_replicated and self._diagnostics.is_wanted
         return SecondPass(
             self._anatomy,
             self.selection.parameters,
@@ -240,7 +270,8 @@ class GradientRegularizer:
             self._method,
             strength,
             grad_scale=grad_scale,
-            deferred=num_backwards > 1,
+            deferred=not self._ranks.is_local and (num_backwards > 1 or measures_late),
+            is_local=self._ranks.is_local,
             displacement=self._displacement,
             diagnostics=self._diagnostics,
         )
@@ -317,7 +348,7 @@ class GradientRegularizer:
             known = set(self.selection.all)
             owned = self.selection.all if owned is None else owned
             with self._all_or_nothing() as before, torch.enable_grad():
-                with self._recorder.first_pass():
+                with self._recorder.first_pass(), self._ranks.first_pass():
                     loss = run_closure(closure, owned, self.selection.parameters)
 
                 def replay() -> None:
@@ -339,11 +370,27 @@ class GradientRegularizer:
             self.selection.read(self.model)
         self._is_open = True
         try:
+            self._ranks.agree(self._configuration)
             yield
             self.step += 1
         finally:
             self._recorder.forget()
             self._is_open = False
+
+    def _configuration(self) -> dict[str, str]:
+        """What ranks must agree on, as text."""
+        method = self._method
+        return {
+            "gamma": name_of(self.gamma),
+            "epsilon": name_of(self.epsilon),
+            "scheme": method.scheme.name,
+            "ascent": repr(method.ascent),
+            "cap": str(method.cap),
+            "nonfinite": "first" if method.fall_back else "keep",
+            "ascent_sync": self._ascent_sync,
+            "the selected parameters": ", ".join(self.selection.named),
+            "the step": str(self.step),
+        }
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[Moment]:
@@ -372,7 +419,7 @@ class GradientRegularizer:
             give_gradients(parameters, before)
 
     def _check_first_loss(self, loss: Tensor) -> None:
-        if self._is_first_call:
+        if self._is_first_call and not any(map(is_sharded, self.selection.all)):  # shards are gathered in other tensors
             warn_of_strangers(loss, self.selection.all)
 
     # What the user reads and saves.

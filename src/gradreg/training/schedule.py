@@ -107,6 +107,12 @@ def check(name: str, schedule: Schedule) -> None:
         _check_value(name, schedule, "")
 
 
+def name_of(schedule: Schedule) -> str:
+    """What a schedule is, the same in every process."""
+    is_function = callable(schedule) and " at 0x" in repr(schedule)
+    return getattr(schedule, "__qualname__", type(schedule).__name__) if is_function else repr(schedule)
+
+
 _WAYS_OUT = {
     "gamma": "γ = 0 trains without the penalty.",
     "epsilon": 'For the backward difference pass scheme="backward"; for no penalty, gamma=0.',

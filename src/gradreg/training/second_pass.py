@@ -34,6 +34,11 @@ class Method:
     cap: float | None  # the largest ‖ĝ − g1‖/‖g1‖
     fall_back: bool  # to g1, where the second gradient is not finite
 
+    @property
+    def needs_whole(self) -> bool:
+        """Whether one number for all parameters decides ĝ, so that it waits for the last of them."""
+        return self.cap is not None or self.fall_back
+
 
 @contextmanager
 def without_trace(anatomy: Anatomy, parameters: Sequence[Tensor]) -> Iterator[None]:
@@ -83,6 +88,7 @@ class SecondPass:
         strength: γ and ε of this step.
         grad_scale: `.grad` holds `grad_scale` · ∇L.
         deferred: combine when the pass has ended, since it holds several backward passes.
+        is_local: g1 is this rank's own, and only ĝ is averaged over ranks.
         displacement: owns the extra copy of the weights.
         diagnostics: receives the measurements.
     """
@@ -97,6 +103,7 @@ class SecondPass:
         *,
         grad_scale: float | Tensor,
         deferred: bool,
+        is_local: bool,
         displacement: Displacement,
         diagnostics: Diagnostics,
     ) -> None:
@@ -107,6 +114,7 @@ class SecondPass:
         self._strength = strength
         self._grad_scale = grad_scale
         self._deferred = deferred
+        self._is_local = is_local
         self._displacement = displacement
         self._diagnostics = diagnostics
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -117,8 +125,11 @@ class SecondPass:
 
     @property
     def is_needed(self) -> bool:
-        """Whether ĝ can differ from g1. An accelerator is not asked: there the passes run, masked."""
-        return not vectors.is_readable(self._usable) or bool(self._usable)
+        """Whether ĝ can differ from g1.
+
+        An accelerator is not asked, and ranks with gradients of their own must not part: there the passes run, masked.
+        """
+        return self._is_local or not vectors.is_readable(self._usable) or bool(self._usable)
 
     @property
     def num_passes(self) -> int:
@@ -158,6 +169,7 @@ class SecondPass:
                     self._earlier,
                     measured,
                     deferred=self._deferred,
+                    is_local=self._is_local,
                     cap=self._method.cap,
                     fall_back=self._method.fall_back,
                 )

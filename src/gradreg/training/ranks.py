@@ -1,0 +1,95 @@
+"""Ranks: what several processes that train one model must share, and what each may keep to itself.
+
+DistributedDataParallel averages gradients inside each backward pass, FSDP2 shards parameters and gradients; either
+way each pass leaves the gradient of the whole batch, and norms are those of the whole model (_vectors.py). With
+`ascent_sync="local"` every rank displaces its weights along the gradient of its own share of the batch (m-sharpness)
+and only the second pass communicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gradreg import _vectors as vectors
+
+SYNCS = ("global", "local")
+
+
+class Ranks:
+    """The processes behind a model; one, where it is not wrapped.
+
+    Raises:
+        ValueError: a local ascent where gradients cannot be kept from being averaged.
+    """
+
+    def __init__(self, model: nn.Module, ascent_sync: str) -> None:
+        self._replicas = model if isinstance(model, DistributedDataParallel) else None
+        self._meshes = {p.device_mesh for p in model.parameters() if vectors.is_sharded(p)}  # type: ignore[attr-defined]
+        self.is_local = ascent_sync == "local" and _world_size() > 1
+        if self.is_local and self._replicas is None:
+            raise ValueError(
+                'ascent_sync="local" needs the DistributedDataParallel wrapper itself, whose no_sync() keeps the first '
+                f'pass local, got {type(model).__name__}: wrap the model first, or use ascent_sync="global".'
+            )
+        self._have_agreed = False
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether g2 is averaged only after it arrived, so that what is measured on arrival is this rank's own."""
+        return self._replicas is not None
+
+    def first_pass(self) -> AbstractContextManager[None]:
+        """Around forward and backward of the first pass, which a local ascent keeps from communicating."""
+        return self._quiet() if self.is_local else nullcontext()
+
+    def micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of one micro-batch of a window: ranks communicate in the last."""
+        return nullcontext() if is_last else self._quiet()
+
+    def _quiet(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._replicas is None else _no_sync(self._replicas)
+
+    def agree(self, configuration: Callable[[], Mapping[str, str]]) -> None:
+        """Compare the configuration with the other ranks', once.
+
+        Raises:
+            ValueError: on every rank, naming the first field that differs and its values.
+        """
+        if self._have_agreed:
+            return
+        self._have_agreed = True
+        for group in self._groups():
+            everyone: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(everyone, dict(configuration()), group=group)
+            for field, value in everyone[0].items():
+                for rank, theirs in enumerate(everyone):
+                    if theirs[field] != value:
+                        raise ValueError(
+                            f"ranks must agree on {field}, got {value} on rank 0 and {theirs[field]} on rank {rank}: "
+                            "build the regularizer with the same arguments in every process."
+                        )
+
+    def _groups(self) -> list[Any]:
+        if self._replicas is not None:
+            return [self._replicas.process_group]
+        return [group for mesh in self._meshes for group in mesh.get_all_groups()]
+
+
+@contextmanager
+def _no_sync(model: DistributedDataParallel) -> Iterator[None]:
+    before = model.require_backward_grad_sync  # a user's own no_sync() stays as it is
+    model.require_backward_grad_sync = False
+    try:
+        yield
+    finally:
+        model.require_backward_grad_sync = before
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -1,0 +1,194 @@
+"""Two processes on one machine, and what they train: the workers behind tests/training/test_ranks.py."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import gradreg
+
+GAMMA, EPSILON = 0.05, 0.1
+
+
+def on_two_ranks(work: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `work(rank, *args)` returned on each rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_run, (folder, work, args), nprocs=2)
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def _run(rank: int, folder: str, work: Callable[..., Any], args: Sequence[Any]) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    try:
+        torch.save(work(rank, *args), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+
+
+def make_data() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(8, 6, generator=generator, dtype=torch.float64), torch.arange(8) % 3
+
+
+def wrapped(kind: str, frozen: bool = False) -> nn.Module:
+    model = make_model()
+    if frozen:
+        model[0].weight.requires_grad_(False)
+    if kind == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer)
+        return fully_shard(model)
+    if kind == "one process":
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=kind == "ddp, bucket views")
+
+
+def train(model: nn.Module, rows: tuple[torch.Tensor, torch.Tensor], door: str, **options: Any) -> dict[str, Any]:
+    """Three steps; the weights and the diagnostics."""
+    x, y = rows
+    regularizer = gradreg.GradientRegularizer(model, GAMMA, EPSILON, **options)
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    wrapper = gradreg.RegularizedOptimizer(base, regularizer)
+
+    def loss() -> torch.Tensor:
+        return F.cross_entropy(model(x), y)
+
+    def closure() -> torch.Tensor:
+        base.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    for _ in range(3):
+        base.zero_grad()
+        if door == "backward":
+            regularizer.backward(loss)
+        elif door == "window":
+            halves = list(zip(x.chunk(2), y.chunk(2)))
+            regularizer.backward(lambda batch: F.cross_entropy(model(batch[0]), batch[1]) / 2, halves)
+        elif door == "perturbed":
+            loss().backward()
+            with regularizer.perturbed():
+                loss().backward()
+        if door == "closure":
+            wrapper.step(closure)
+        else:
+            base.step()
+    measured = {key: float(value) for key, value in regularizer.diagnostics().items() if key != "realized"}
+    weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return {"weights": [w.detach().clone() for w in weights], "diagnostics": measured}
+
+
+def both(rank: int, kind: str, cases: Sequence[dict[str, Any]]) -> list[tuple[Any, Any]]:
+    """For each case: two ranks with half of the rows each, and one process with all of them."""
+    x, y = make_data()
+    pairs = []
+    for case in cases:
+        options = dict(case)
+        frozen = options.pop("frozen", False)
+        together = train(wrapped(kind, frozen), (x[rank::2], y[rank::2]), **options)
+        pairs.append((together, train(wrapped("one process", frozen), (x, y), **options)))
+    return pairs
+
+
+def each(rank: int, work: Callable[..., Any], cases: Sequence[Sequence[Any]]) -> list[Any]:
+    """Many cases in one pair of processes."""
+    return [work(rank, *case) for case in cases]
+
+
+# Local ascent.
+
+
+def local_gradient(rank: int, gamma: float, epsilon: float, ascent: str, windows: int) -> dict[str, Any]:
+    """ĝ by the engine, by hand, and the number of buckets that were averaged."""
+    x, y = make_data()
+    x, y = x[rank::2], y[rank::2]
+    model = wrapped("ddp")
+    averaged = []
+
+    def count(state, bucket):  # without annotations: DDP would compare their text with types
+        averaged.append(bucket.index())
+        work = dist.all_reduce(bucket.buffer().div_(2), async_op=True)
+        return work.get_future().then(lambda done: done.value()[0])
+
+    model.register_comm_hook(None, count)
+    regularizer = gradreg.GradientRegularizer(model, gamma, epsilon, ascent=ascent, ascent_sync="local")
+    batches = list(zip(x.chunk(windows), y.chunk(windows)))
+    regularizer.backward(lambda batch: F.cross_entropy(model(batch[0]), batch[1]) / windows, batches)
+    return {
+        "engine": [p.grad.clone() for p in model.parameters()],
+        "by hand": _local_by_hand(x, y, gamma, epsilon, ascent),
+        "averaged": len(averaged),
+        "buckets": len(set(averaged)),
+    }
+
+
+def _local_by_hand(x: torch.Tensor, y: torch.Tensor, gamma: float, epsilon: float, ascent: str) -> list[torch.Tensor]:
+    model = make_model()
+    parameters = list(model.parameters())
+    first = torch.autograd.grad(F.cross_entropy(model(x), y), parameters)
+    length = torch.cat([g.flatten() for g in first]).norm() if ascent == "normalized" else 1.0
+    with torch.no_grad():
+        for p, g in zip(parameters, first):
+            p += epsilon * g / length
+    second = torch.autograd.grad(F.cross_entropy(model(x), y), parameters)
+    combined = [g1 + gamma / epsilon * (g2 - g1) for g1, g2 in zip(first, second)]
+    for g in combined:
+        dist.all_reduce(g)
+        g /= 2
+    return combined
+
+
+# Faults.
+
+
+def faulty(rank: int, kind: str, sync: str, gamma: float) -> dict[str, Any]:
+    """Rank 1 sees a NaN: the gradients after the door, and whether the weights are where they were."""
+    x, y = make_data()
+    x, y = x[rank::2], y[rank::2]
+    if rank == 1:
+        x = x * float("nan")
+    model = wrapped(kind)
+    before = [p.detach().clone() for p in model.parameters()]
+    regularizer = gradreg.GradientRegularizer(model, gamma, EPSILON, ascent_sync=sync)
+    regularizer.backward(lambda: F.cross_entropy(model(x), y))
+    return {
+        "finite": bool(all(torch.as_tensor(_local(p.grad).isfinite().all()) for p in model.parameters())),
+        "kept": all(torch.equal(_local(a), _local(b)) for a, b in zip(before, model.parameters())),
+    }
+
+
+def _local(t: Any) -> torch.Tensor:
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def disagree(rank: int, kind: str) -> str:
+    """What a rank is told when the ranks were built differently."""
+    x, y = make_data()
+    model = wrapped(kind)
+    regularizer = gradreg.GradientRegularizer(model, 0.1 + rank, EPSILON)
+    try:
+        regularizer.backward(lambda: F.cross_entropy(model(x), y))
+    except ValueError as error:
+        return str(error)
+    return "no error"

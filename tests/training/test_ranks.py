@@ -1,0 +1,80 @@
+"""Two ranks equal one process, for every door, with DDP and FSDP2; what is local is local; faults reach all ranks."""
+
+from functools import cache
+from itertools import product
+
+import pytest
+import ranks
+import torch
+from torch import nn
+
+import gradreg
+
+KINDS = ("ddp", "ddp, bucket views", "fsdp")
+CASES = [
+    *({"door": door, "scheme": s} for door in ("backward", "window") for s in ("forward", "backward", "central")),
+    *({"door": "backward", "ascent": ascent} for ascent in ("normalized", "adaptive")),
+    *(
+        {"door": door, **options}
+        for door in ("window", "perturbed", "closure")
+        for options in ({"exclude": "*bias"}, {"cap": 0.02}, {"nonfinite": "first"}, {"frozen": True})
+    ),
+]
+
+
+@cache
+def results(kind):
+    return ranks.on_two_ranks(ranks.both, kind, CASES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", range(len(CASES)), ids=[str(case) for case in CASES])
+def test_two_ranks_equal_one_process(kind, k):
+    for of_rank in results(kind):
+        together, alone = of_rank[k]
+        for ours, theirs in zip(together["weights"], alone["weights"]):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
+        assert together["diagnostics"] == pytest.approx(alone["diagnostics"], rel=1e-9)
+
+
+LOCAL = list(product([0.05, 0.1], [0.1], ["gradient", "normalized"], [1, 2]))
+FAULTS = [("ddp", "global", 0.05), ("ddp", "local", 0.05), ("ddp", "local", 0.1), ("fsdp", "global", 0.05)]
+
+
+@cache
+def played(work, cases):
+    """By rank, what `work` returned for each case."""
+    return ranks.on_two_ranks(ranks.each, work, cases)
+
+
+@pytest.mark.parametrize("k", range(len(LOCAL)), ids=[str(case) for case in LOCAL])
+def test_a_local_ascent_averages_once(k):
+    for of_rank in played(ranks.local_gradient, tuple(LOCAL)):
+        result = of_rank[k]
+        for ours, by_hand in zip(result["engine"], result["by hand"]):
+            torch.testing.assert_close(ours, by_hand, rtol=0, atol=1e-14)
+        assert result["averaged"] == result["buckets"], "as in plain training: each bucket once"
+
+
+@pytest.mark.parametrize("k", range(len(FAULTS)), ids=[str(case) for case in FAULTS])
+def test_a_nan_on_one_rank_is_seen_on_all(k):
+    for of_rank in played(ranks.faulty, tuple(FAULTS)):
+        assert of_rank[k] == {"finite": False, "kept": True}
+
+
+@pytest.mark.parametrize("k", [0, 1], ids=["ddp", "fsdp"])
+def test_ranks_that_disagree_are_told_so(k):
+    for of_rank in played(ranks.disagree, (("ddp",), ("fsdp",))):
+        assert "ranks must agree on gamma, got 0.1 on rank 0 and 1.1 on rank 1" in of_rank[k]
+
+
+@pytest.mark.parametrize("options", [{"cap": 1.0}, {"nonfinite": "first"}, {"scheme": "central"}, {"scheme": "exact"}])
+def test_a_local_ascent_refuses_what_needs_the_whole(options):
+    with pytest.raises(ValueError, match="ascent_sync"):
+        gradreg.GradientRegularizer(nn.Linear(2, 1), 0.1, 0.1, ascent_sync="local", **options)
+
+
+def test_an_unknown_sync_is_refused_and_one_process_is_local_already():
+    with pytest.raises(ValueError, match='ascent_sync must be "global" or "local"'):
+        gradreg.GradientRegularizer(nn.Linear(2, 1), 0.1, 0.1, ascent_sync="rank")
+    gradreg.GradientRegularizer(nn.Linear(2, 1), 0.1, 0.1, ascent_sync="local")
