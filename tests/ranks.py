@@ -95,8 +95,13 @@ def train(model: nn.Module, rows: tuple[torch.Tensor, torch.Tensor], door: str, 
         else:
             base.step()
     measured = {key: float(value) for key, value in regularizer.diagnostics().items() if key != "realized"}
+    return {"weights": whole(model), "diagnostics": measured}
+
+
+def whole(model: nn.Module) -> list[torch.Tensor]:
+    """The weights, gathered."""
     weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
-    return {"weights": [w.detach().clone() for w in weights], "diagnostics": measured}
+    return [w.detach().clone() for w in weights]
 
 
 def both(rank: int, kind: str, cases: Sequence[dict[str, Any]]) -> list[tuple[Any, Any]]:
@@ -192,3 +197,55 @@ def disagree(rank: int, kind: str) -> str:
     except ValueError as error:
         return str(error)
     return "no error"
+
+
+# Checkpoints.
+
+
+def _trainer(kind: str) -> tuple[nn.Module, gradreg.RegularizedOptimizer]:
+    model = wrapped(kind)
+    base = torch.optim.AdamW(model.parameters(), lr=0.05)
+    return model, gradreg.RegularizedOptimizer(
+        base, gradreg.GradientRegularizer(model, gradreg.warmup(GAMMA, 4), EPSILON)
+    )
+
+
+def _steps(model: nn.Module, optimizer: gradreg.RegularizedOptimizer, rows: tuple[torch.Tensor, torch.Tensor]) -> None:
+    for _ in range(2):
+        optimizer.regularizer.backward(lambda: F.cross_entropy(model(rows[0]), rows[1]))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _state(model: nn.Module, optimizer: gradreg.RegularizedOptimizer) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    return {"model": of_model, "optimizer": of_optimizer, "regularizer": optimizer.regularizer.state_dict()}
+
+
+def resumed(kind: str, rows: tuple[torch.Tensor, torch.Tensor], folder: str) -> list[torch.Tensor]:
+    """The weights after two more steps from a checkpoint."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    model, optimizer = _trainer(kind)
+    state = _state(model, optimizer)
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    optimizer.regularizer.load_state_dict(state["regularizer"])
+    _steps(model, optimizer, rows)
+    return whole(model)
+
+
+def checkpointed(rank: int, kind: str, folder: str) -> dict[str, Any]:
+    """Two steps, a distributed checkpoint, and two more steps, with and without loading it."""
+    import torch.distributed.checkpoint as dcp
+
+    x, y = make_data()
+    rows = x[rank::2], y[rank::2]
+    model, optimizer = _trainer(kind)
+    _steps(model, optimizer, rows)
+    dcp.save(_state(model, optimizer), checkpoint_id=folder)
+    _steps(model, optimizer, rows)
+    return {"straight": whole(model), "resumed": resumed(kind, rows, folder)}

@@ -125,3 +125,18 @@ def test_nothing_is_known_before_the_first_step():
     assert math.isnan(found["grad_norm"])
     assert math.isnan(found["penalty_ratio"])
     assert int(found["active_steps"]) == int(found["skipped_steps"]) == 0
+
+
+@pytest.mark.parametrize("gamma", [0.3 * EPSILON, 0.7 * EPSILON, EPSILON, 3 * EPSILON])
+def test_measuring_does_not_change_a_bit(gamma):
+    """Or a run that was resumed, which measures its first step, would not be the run that was not."""
+    gradients = []
+    for is_wanted in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(20, 50), torch.nn.Tanh(), torch.nn.Linear(50, 5))
+        x = torch.randn(32, 20)
+        regularizer = GradientRegularizer(model, gamma, EPSILON)
+        regularizer._diagnostics.is_wanted = is_wanted
+        regularizer.backward(lambda model=model, x=x: model(x).square().mean())
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))

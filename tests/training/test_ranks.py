@@ -68,6 +68,17 @@ def test_ranks_that_disagree_are_told_so(k):
         assert "ranks must agree on gamma, got 0.1 on rank 0 and 1.1 on rank 1" in of_rank[k]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning", "ignore:TypedStorage:UserWarning")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_distributed_checkpoint_resumes_on_as_many_ranks_and_on_one(kind, tmp_path):
+    of_ranks = ranks.on_two_ranks(ranks.checkpointed, kind, str(tmp_path / "checkpoint"))
+    for result in of_ranks:
+        assert all(torch.equal(a, b) for a, b in zip(result["resumed"], result["straight"]))
+    alone = ranks.resumed("one process", ranks.make_data(), str(tmp_path / "checkpoint"))
+    for ours, theirs in zip(alone, of_ranks[0]["straight"]):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("options", [{"cap": 1.0}, {"nonfinite": "first"}, {"scheme": "central"}, {"scheme": "exact"}])
 def test_a_local_ascent_refuses_what_needs_the_whole(options):
     with pytest.raises(ValueError, match="ascent_sync"):

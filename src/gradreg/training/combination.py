@@ -68,6 +68,15 @@ class Measured:
             self.distance.append(vectors.squared(distance))
             self.difference.append(self.distance[-1] if difference is distance else vectors.squared(difference))
 
+    def add_late(self, first: Gradients, combined: Gradients) -> None:
+        """The same from g1 and ĝ, where what arrived was one rank's share of g2."""
+        pairs = [(g, x) for g, x in zip(first, combined) if g is not None and x is not None]
+        if pairs:
+            self.wanted, self.second = True, []
+        for g, x in pairs:
+            difference = (x - g) / self.weight
+            self.add(g + difference, difference, difference)
+
 
 def take_gradients(parameters: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients, taken away from their parameters: nothing that runs meanwhile can write to them.
@@ -199,14 +208,12 @@ class Combination:
         weight = self._measured.weight
         first, self._first[i] = self._first[i], None
         assert first is not None
-        if not self._measured.wanted:
+        if self._measured.wanted:
+            gap = first - second
+            self._measured.add(second, gap, gap)
+        else:
             self._measured.second.append(vectors.squared(second))
-            takes_second = weight == 1 and not self._is_local
-            return second if takes_second else torch.lerp(first, second, weight, out=first)
-        gap = first.sub_(second)
-        self._measured.add(second, gap, gap)
-        takes_second = weight == 1 and not self._is_local
-        return second if takes_second else torch.add(second, gap, alpha=1 - weight, out=gap)
+        return second if weight == 1 and not self._is_local else torch.lerp(first, second, weight, out=first)
 
     def _difference(self, i: int, second: Tensor | None) -> Tensor | None:
         """Σ (w_k / w_last) (g_k − g1), in float32 or wider; a gradient that is not there counts as zero."""

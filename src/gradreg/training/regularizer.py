@@ -261,8 +261,7 @@ class GradientRegularizer:
         num_backwards: int,
         others: Sequence[Tensor] = (),
     ) -> SecondPass:
-        # Replicas average g2 after its arrival; where it is to be measured, it is measured then.
-        measures_late = self._ranks.is_replicated and self._diagnostics.is_wanted
+        ranks, num_passes = self._ranks, len(self._method.scheme.stencil)
         return SecondPass(
             self._anatomy,
             self.selection.parameters,
@@ -270,8 +269,9 @@ class GradientRegularizer:
             self._method,
             strength,
             grad_scale=grad_scale,
-            deferred=not self._ranks.is_local and (num_backwards > 1 or measures_late),
-            is_local=self._ranks.is_local,
+            deferred=not ranks.is_local and (num_backwards > 1 or (ranks.is_replicated and num_passes > 1)),
+            is_local=ranks.is_local,
+            is_replicated=ranks.is_replicated,
             displacement=self._displacement,
             diagnostics=self._diagnostics,
         )

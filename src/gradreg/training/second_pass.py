@@ -89,6 +89,7 @@ class SecondPass:
         grad_scale: `.grad` holds `grad_scale` · ∇L.
         deferred: combine when the pass has ended, since it holds several backward passes.
         is_local: g1 is this rank's own, and only ĝ is averaged over ranks.
+        is_replicated: ranks average g2 after it arrived.
         displacement: owns the extra copy of the weights.
         diagnostics: receives the measurements.
     """
@@ -104,6 +105,7 @@ class SecondPass:
         grad_scale: float | Tensor,
         deferred: bool,
         is_local: bool,
+        is_replicated: bool,
         displacement: Displacement,
         diagnostics: Diagnostics,
     ) -> None:
@@ -115,6 +117,8 @@ class SecondPass:
         self._grad_scale = grad_scale
         self._deferred = deferred
         self._is_local = is_local
+        arrives_in_parts = is_replicated and not (is_local or deferred or method.needs_whole)
+        self._measures_late = diagnostics.is_wanted and arrives_in_parts
         self._displacement = displacement
         self._diagnostics = diagnostics
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -158,7 +162,9 @@ class SecondPass:
         stencil = self._method.scheme.stencil
         node, weight = stencil[k]
         is_last = k == len(stencil) - 1
-        measured = Measured(self._norm, self._strength.ratio * weight, self._diagnostics.is_wanted)
+        wanted = self._diagnostics.is_wanted and not self._measures_late
+        measured = Measured(self._norm, self._strength.ratio * weight, wanted)
+        kept = [None if g is None else g.clone() for g in self._first] if is_last and self._measures_late else []
         with ExitStack() as stack:
             stack.callback(self._displacement.close)
             self._displace(node * self._strength.epsilon)
@@ -177,6 +183,7 @@ class SecondPass:
                 stack.enter_context(combination)
             yield
         if is_last:
+            measured.add_late(kept, [p.grad for p in self._parameters])
             self._conclude(measured)
         else:
             self._earlier.append((take_gradients(self._parameters), weight / stencil[-1][1]))
