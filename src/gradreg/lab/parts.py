@@ -1,0 +1,62 @@
+"""Rows of a data set, and its split into training, validation and test rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SPLIT_SEED = 0
+"""Of every shuffle that decides which rows are training, validation or test rows: the same in all runs."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows: `x` (n, 40) signals, (n, 8, 8) digits, (n, C, H, W) images, or (n, T) characters as whole numbers;
+    `y` (n,) classes, or (n, T) the next characters.
+    """
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, rows: Tensor | slice) -> Part:
+        return Part(self.x[rows], self.y[rows])
+
+
+@dataclass(frozen=True)
+class Split:
+    """The three parts, disjoint."""
+
+    train: Part
+    validation: Part
+    test: Part
+    num_classes: int = 10
+    """Of characters, for language."""
+
+    @property
+    def is_image(self) -> bool:
+        """Rows are images (C, H, W), which may be shifted and mirrored."""
+        return self.train.x.ndim == 4
+
+    @property
+    def is_language(self) -> bool:
+        """Rows are characters, and each has a label."""
+        return not self.train.x.is_floating_point()
+
+
+def shuffled(num_rows: int) -> np.ndarray:
+    """The fixed order of so many rows."""
+    return np.random.default_rng(SPLIT_SEED).permutation(num_rows)
+
+
+def from_bytes(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images (n, 3, H, W) from bytes, each color scaled to [0, 1] and then standardized by `mean` and `std`."""
+    x = torch.from_numpy(images).to(torch.float32).div_(255)
+    middle, scale = (torch.tensor(numbers, dtype=torch.float32).view(1, -1, 1, 1) for numbers in (mean, std))
+    return x.sub_(middle).div_(scale)
