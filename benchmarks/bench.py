@@ -7,9 +7,9 @@
 Time: in each round every method makes one step, in an order that rotates; its ratio is taken to the SGD step of
 the same round, so that a drift of the machine cancels. Printed is the median over rounds with a 95 % interval by
 bootstrap. Every method has a model of its own. On the host the heap is kept from being returned to the kernel in
-between (MALLOC_TRIM_THRESHOLD_): whether it is, is luck, and costs any method up to a tenth of a step.
+between. `gradreg.lab.costs` does the measuring, for this table and for `gradreg cost`.
 
-Memory: the largest number of bytes held at once in the third step from a fresh model, less the same of SGD, in copies
+Memory: the largest number of bytes held at once in the second step from a fresh model, less the same of SGD, in copies
 of the parameters; `at batch 1` shows weights and gradients alone, since there the activations are small.
 """
 
@@ -17,18 +17,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import platform
-import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 from models import PROBLEMS, Problem
 
 import gradreg
+from gradreg.lab import costs
 
 Step = Callable[[], object]
 LEARNING_RATE = 1e-4  # small: the timed weights should stay where they are
@@ -118,57 +115,14 @@ def build(name: str, method: str, device: torch.device, **size: int) -> tuple[Pr
     return problem, METHODS[method](problem)
 
 
-def timed(step: Step, device: torch.device) -> float:
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def times(name: str, methods: list[str], device: torch.device, rounds: int) -> dict[str, list[float]]:
     """Seconds of each method in each round."""
     steps = {method: build(name, method, device)[1] for method in methods}
-    for step in steps.values():
-        for _ in range(3):
-            step()
-    seconds: dict[str, list[float]] = {method: [] for method in methods}
-    for k in range(rounds):
-        order = methods[k % len(methods) :] + methods[: k % len(methods)]
-        for method in order:
-            seconds[method].append(timed(steps[method], device))
-    return seconds
-
-
-def median_interval(values: list[float], resamples: int = 2000) -> tuple[float, float, float]:
-    """Median and its 95 % bootstrap interval."""
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(resamples))
-    return statistics.median(values), medians[int(0.025 * resamples)], medians[int(0.975 * resamples)]
+    return costs.paired_seconds(steps, rounds, costs.clock_for(device, torch.get_num_threads()))
 
 
 def peak_bytes(name: str, method: str, device: torch.device, **size: int) -> int:
-    """The most bytes that the third step holds at once beyond the fresh model."""
-    _, step = build(name, method, device, **size)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        start = torch.cuda.memory_allocated(device)
-        step(), step()
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - start
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(), step()
-        with torch.profiler.record_function("third step"):
-            step()
-    events = profile.profiler.kineto_results.events()
-    begin = next(e.start_ns() for e in events if e.name() == "third step")
-    held = peak = 0
-    for time_ns, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
-        held += change
-        if time_ns >= begin:
-            peak = max(peak, held)
-    return peak
+    return costs.peak_bytes(lambda: build(name, method, device, **size)[1], device)
 
 
 def copies(name: str, methods: list[str], device: torch.device, **size: int) -> dict[str, float]:
@@ -230,21 +184,13 @@ def import_milliseconds(repeats: int = 7) -> tuple[float, float]:
     return tuple(1e3 * statistics.median(column) for column in zip(*pairs))  # type: ignore[return-value]
 
 
-def steady_heap() -> None:
-    """Start again with a heap that keeps what it is given back; glibc reads this when a process starts."""
-    if platform.system() == "Linux" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
-        os.environ.update(MALLOC_TRIM_THRESHOLD_="4000000000", MALLOC_MMAP_THRESHOLD_="4000000000")
-        os.environ["KINETO_LOG_LEVEL"] = "5"  # the profiler, which counts bytes, is talkative
-        os.execv(sys.executable, [sys.executable, *sys.argv])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory of a step, relative to plain SGD.")
     parser.add_argument("--rounds", type=int, default=41, help="paired rounds for each model")
     parser.add_argument("--models", nargs="*", default=list(PROBLEMS), choices=list(PROBLEMS))
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    steady_heap()
+    costs.keep_heap()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     device = torch.device(arguments.device)
     methods = list(METHODS)
@@ -262,8 +208,8 @@ def main() -> None:
         print(f"\n{name}: SGD {1e3 * statistics.median(seconds['SGD']):.1f} ms a step")
         print(f"  {'':26}{'time':>20}   memory beyond SGD, in copies of the parameters")
         for method in methods:
-            ratio, low, high = median_interval([a / b for a, b in zip(seconds[method], seconds["SGD"])])
-            shown = f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
+            ratio = costs.median_ratio(seconds[method], seconds["SGD"])
+            shown = f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
             print(f"  {method:26}{shown:>20}   {lean[method]:5.2f} at batch 1, {full[method]:5.2f} at full batch")
     torch_time, ours = import_milliseconds()
     print(f"\nimport torch {torch_time:.0f} ms, import gradreg adds {ours:.0f} ms (median of 7 fresh interpreters)")

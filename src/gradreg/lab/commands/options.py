@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 import gradreg
+from gradreg.lab.config import FIELDS, checked
 from gradreg.lab.folder import BadInput
 
 app = App(
@@ -39,6 +40,13 @@ def whole(field: str, low: int, high: int, meaning: str) -> Parameter:
     return Parameter(name=field, converter=convert, help=f"{meaning} ({low} to {high}).", allow_leading_hyphen=True)
 
 
+def _device(_: Any, tokens: Sequence[Any]) -> str:
+    try:
+        return checked(FIELDS["device"], tokens[0].value)
+    except BadInput as error:
+        raise BadInput(f"--{error}") from None
+
+
 def switch(field: str, meaning: str) -> Parameter:
     return Parameter(name=field, negative="", help=meaning)
 
@@ -63,3 +71,4 @@ def nothing_in(folder: Path) -> Iterator[None]:
 
 Out = Annotated[Path | None, Parameter(name="--out", help="New or empty folder; by default results/COMMAND-TIME.")]
 Workers = Annotated[int | None, whole("--workers", 1, MOST_WORKERS, "Processes, one thread each; by default 2")]
+Device = Annotated[str, Parameter(name="--device", converter=_device, help="auto, cpu or cuda.")]

@@ -1,0 +1,53 @@
+"""`gradreg sharpness`: how curved the loss is where a run ended."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from gradreg.lab.commands.options import LAST_SEED, Device, app, whole
+from gradreg.lab.folder import BadInput
+
+_PARTS = ("train", "validation", "test")
+
+
+def _part(_: Any, tokens: Sequence[Any]) -> str:
+    text = tokens[0].value
+    if text not in _PARTS:
+        raise BadInput(f"--part must be one of {', '.join(_PARTS)}, got {text!a}.")
+    return text
+
+
+@app.command
+def sharpness(
+    path: Annotated[Path, Parameter(help="Folder of a run of gradreg train, or one of its checkpoints.")],
+    /,
+    *,
+    part: Annotated[str, Parameter(name="--part", converter=_part, help="train, validation or test rows.")] = "train",
+    probes: Annotated[int, whole("--probes", 0, 10**6, "Of Hutchinson's trace; 0 leaves it out")] = 32,
+    eigenvalues: Annotated[int, whole("--eigenvalues", 0, 1000, "How many; 0 leaves them out")] = 5,
+    rows: Annotated[int | None, whole("--rows", 1, 10**9, "The first so many of the part; by default all")] = None,
+    seed: Annotated[int, whole("--seed", 0, LAST_SEED, "Of the probes and the first vector")] = 0,
+    device: Device = "auto",
+    out: Annotated[
+        Path | None, Parameter(name="--out", help="New or empty folder for results.json; by default none is written.")
+    ] = None,
+) -> None:
+    """Measure ‖∇L‖, the trace of the Hessian and its largest eigenvalues at the last checkpoint of a run.
+
+    L is the plain loss over the rows, in evaluation mode. Prints the trace with its standard error and each eigenvalue
+    with a bound of its error.
+    """
+    from gradreg.lab.sharpness import Plan, run_sharpness
+
+    if probes == 1:
+        raise BadInput("--probes must be 0 or a whole number from 2 to 1000000, got '1': one has no standard error.")
+    plan = Plan(path, part, probes, eigenvalues, rows, seed, device)
+    try:
+        run_sharpness(plan, out, lambda line: print(f"gradreg: {line}", file=sys.stderr))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("no result was written") from None

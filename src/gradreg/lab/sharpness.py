@@ -1,0 +1,220 @@
+"""`gradreg sharpness`: loss, ‖∇L‖, Hessian trace and top eigenvalues of a checkpoint, over rows of its own data.
+
+L is the plain cross-entropy, without penalty, in evaluation mode and full precision; on training rows with the labels
+that were trained on, random ones included, and without augmentation.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradreg import curvature
+from gradreg.lab import checkpoint, objective
+from gradreg.lab.about import machine, versions
+from gradreg.lab.config import RunConfig
+from gradreg.lab.data import load
+from gradreg.lab.folder import BadInput, new_folder, write_json
+from gradreg.lab.models import build
+from gradreg.lab.parts import Part
+from gradreg.lab.processes import resolve
+from gradreg.lab.progress import progress_bar
+from gradreg.lab.train import read_plan
+
+PARTS = ("train", "validation", "test")
+CHUNK = 2**17
+"""Input numbers in a batch: 42 images of 3×32×32; the graph of a gradient holds about three times a training step."""
+_NUMBERS_IN_A_TOKEN = 64  # a model makes a vector of it
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `gradreg sharpness` measures."""
+
+    path: Path
+    """A run of `gradreg train`, or one of its checkpoints."""
+    part: str = "train"
+    probes: int = 32
+    eigenvalues: int = 5
+    rows: int | None = None
+    """The first so many of the part; by default all."""
+    seed: int = 0
+    """Of the probes and of the first vector of Lanczos."""
+    device: str = "auto"
+
+    @property
+    def command(self) -> str:
+        rows = f" --rows {self.rows}" if self.rows else ""
+        return (
+            f"gradreg sharpness {self.path} --part {self.part} --probes {self.probes} --eigenvalues {self.eigenvalues}"
+            f"{rows} --seed {self.seed} --device {self.device}"
+        )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model as a checkpoint has it, and the rows to look at."""
+
+    place: Path
+    config: RunConfig
+    model: nn.Module
+    rows: Part
+
+
+def load_trained(plan: Plan, say: Callable[[str], None]) -> Trained:
+    """The last good checkpoint of a run, or the one that is named; `say` is told of damaged ones.
+
+    Raises:
+        BadInput: no run, no good checkpoint, or one of another architecture than config.json says.
+    """
+    run, place = _run_and_checkpoint(plan.path, say)
+    try:
+        config = read_plan(run).config
+    except BadInput as error:
+        raise BadInput(str(error).replace("--resume", "the path", 1)) from error
+    weights = checkpoint.read_model(place)
+    split = load(config)
+    model = build(config, split)
+    wrong = checkpoint.differences(model.state_dict(), weights)
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise BadInput(f"{str(place)!a} must hold the model of config.json: {wrong[0]}{more}.")
+    model.load_state_dict(weights)
+    part: Part = getattr(split, plan.part)
+    if plan.rows is not None and plan.rows > len(part):
+        raise BadInput(f"--rows must be a whole number from 1 to {len(part)} ({plan.part} rows), got '{plan.rows}'.")
+    return Trained(place, config, model.to(resolve(plan.device)).eval(), part[: plan.rows] if plan.rows else part)
+
+
+def _run_and_checkpoint(path: Path, say: Callable[[str], None]) -> tuple[Path, Path]:
+    if (path / checkpoint.MANIFEST).is_file():
+        return path.absolute().parent.parent, path
+    if not (path / "config.json").is_file():
+        raise BadInput(
+            f"the path must be the folder of a run of gradreg train or one of its checkpoints, got {str(path)!a}."
+        )
+    return path, checkpoint.last_good(path / "checkpoints", say)
+
+
+def run_sharpness(plan: Plan, out: Path | None, say: Callable[[str], None]) -> Row:
+    """Measure, print, and write `out` if there is one; return what results.json holds."""
+    trained = load_trained(plan, say)
+    model, rows = trained.model, trained.rows
+    num_parameters = sum(p.numel() for p in model.parameters())
+    if plan.eigenvalues > num_parameters:
+        raise BadInput(
+            f"--eigenvalues must be a whole number from 0 to {num_parameters} (the parameters), got "
+            f"'{plan.eigenvalues}'."
+        )
+    evaluation = objective.evaluate(model, rows)
+    if not math.isfinite(evaluation.loss):
+        raise BadInput(f"{str(trained.place)!a} must have a finite loss, got {evaluation.loss}: the run diverged.")
+    folder = new_folder(out, "sharpness") if out is not None else None
+
+    results: Row = {
+        "name": trained.place.name,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": plan.command,
+        "machine": machine(),
+        "device": str(next(model.parameters()).device),
+        "versions": versions(),
+        "checkpoint": str(trained.place),
+        "config": asdict(trained.config),
+        "part": plan.part,
+        "rows": len(rows),
+        "parameters": num_parameters,
+        "loss": evaluation.loss,
+        "accuracy": evaluation.accuracy,
+        **measure(model, rows, plan),
+    }
+    print_summary(trained, results)
+    if folder is not None:
+        write_json(folder / "results.json", results)
+        print(f"Everything is in {folder / 'results.json'}.")
+    return results
+
+
+def measure(model: nn.Module, rows: Part, plan: Plan) -> Row:
+    """‖∇L‖, tr H and the top eigenvalues, each with what it took."""
+    batches = batches_of(rows)
+    device = next(model.parameters()).device
+
+    def loss_fn(batch: Part) -> torch.Tensor:
+        return objective.loss(model, Part(batch.x.to(device), batch.y.to(device)))
+
+    seconds = {}
+    with progress_bar() as show:
+
+        def timed(what: str, call: Callable[..., Any]) -> Any:
+            started = time.perf_counter()
+            found = call(progress=lambda done, planned: show(what, done, planned))
+            seconds[what] = round(time.perf_counter() - started, 3)
+            return found
+
+        norm = timed("gradient", lambda **on: curvature.gradient_norm(loss_fn, model, batches, **on))
+        trace = top = None
+        if plan.probes:
+            trace = timed(
+                "trace",
+                lambda **on: curvature.hessian_trace(
+                    loss_fn, model, batches, num_probes=plan.probes, seed=plan.seed, **on
+                ),
+            )
+        if plan.eigenvalues:
+            top = timed(
+                "eigenvalues",
+                lambda **on: curvature.top_eigenvalues(loss_fn, model, batches, plan.eigenvalues, seed=plan.seed, **on),
+            )
+    return {
+        "grad_norm": norm,
+        "trace": asdict(trace) if trace else None,
+        "eigenvalues": asdict(top) if top else None,
+        "seconds": seconds,
+    }
+
+
+def batches_of(rows: Part) -> list[Part]:
+    """Views of the rows, so many at a time that the graph of one batch stays small."""
+    in_a_row = rows.x[0].numel() * (1 if rows.x.is_floating_point() else _NUMBERS_IN_A_TOKEN)
+    size = max(1, CHUNK // in_a_row)
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def print_summary(trained: Trained, results: Row) -> None:
+    """What was measured, with errors and seconds."""
+    config, seconds = trained.config, results["seconds"]
+    settings = "".join(f", {name} {value:g}" for name, value in config.settings.items())
+    print(f"{_relative(trained.place)}: {config.task}; {config.method}{settings}, seed {config.seed}")
+    print(
+        f"{results['rows']} {results['part']} rows, {results['parameters']:,} parameters, evaluation mode, "
+        f"{results['device']}; {results['machine']}"
+    )
+    print(f"\nL            {results['loss']:.6g}   accuracy {results['accuracy']:.2%}")
+    print(f"‖∇L‖         {results['grad_norm']:.6g}   {seconds['gradient']:.1f} s")
+    trace, top = results["trace"], results["eigenvalues"]
+    if trace:
+        error = f"± {trace['standard_error']:.2g} (standard error, {len(trace['samples'])} probes)"
+        print(f"tr H         {trace['mean']:.5g} {error}   {seconds['trace']:.1f} s")
+    if top:
+        print(
+            f"λ of H       largest by magnitude, each within ‖Hu − λu‖ of an eigenvalue; {top['num_products']} products"
+            f"   {seconds['eigenvalues']:.1f} s"
+        )
+        for k, (value, residual) in enumerate(zip(top["values"], top["residuals"]), start=1):
+            print(f"  {k:<4}{value:>12.6g} ± {residual:.1g}")
+
+
+def _relative(path: Path) -> Path:
+    with suppress(ValueError):
+        return path.absolute().relative_to(Path.cwd())
+    return path
