@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from gradreg.lab.plots import INK
+from gradreg.lab.page import inline, render
 from gradreg.lab.tasks import RANDOM_SHARE
 
 Row = Mapping[str, Any]
@@ -103,18 +99,7 @@ def settings(row: Row) -> str:
 
 
 def page(results: Row, figures: Mapping[str, str]) -> str:
-    """The self-contained page: names are escaped, figures inlined in the text color of the page, nothing is loaded."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(accuracy=accuracy, difference=difference, diverged=diverged, settings=settings)
-    template = environment.from_string(files("gradreg.lab").joinpath("demo.html").read_text(encoding="utf-8"))
-    inline = {name: _inline(name, text) for name, text in figures.items()}
-    return template.render(results=results, figures=inline, notes=notes(results))
-
-
-def _inline(name: str, svg: str) -> Markup:
-    """An SVG element fit for a page: no XML header, ids of its own, sized and colored by the page."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
-    return Markup(svg.replace(INK, "currentColor").replace("#ffffff", "var(--paper)"))
+    """The self-contained page."""
+    filters = {"accuracy": accuracy, "difference": difference, "diverged": diverged, "settings": settings}
+    svgs = {name: inline(name, text) for name, text in figures.items()}
+    return render("demo.html", filters, results=results, figures=svgs, notes=notes(results))

@@ -1,0 +1,47 @@
+"""`gradreg report`: what sweeps and train runs found, as one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from gradreg.lab.commands.options import app
+from gradreg.lab.folder import BadInput, write_text
+
+
+@app.command
+def report(
+    folder: Annotated[
+        Path, Parameter(name="DIR", help="Folder of a sweep or of a train run, or one that holds several of these.")
+    ],
+    /,
+    *,
+    out: Annotated[
+        Path | None, Parameter(name="--out", help="File that ends in .html; by default DIR/report.html.")
+    ] = None,
+) -> None:
+    """Make one HTML page of a sweep or of train runs: maps, curves, costs, every run, and the best one to copy.
+
+    The page stands alone: it loads nothing and needs no server. A page of an earlier report is replaced; nothing else
+    is.
+    """
+    from gradreg.lab.report_page import is_ours, page
+
+    target = folder / "report.html" if out is None else out
+    shown = ascii(str(target))
+    if not str(target).isprintable():
+        raise BadInput(f"--out must be a path of printable characters, got {shown}.")
+    if target.suffix.lower() not in (".html", ".htm"):
+        raise BadInput(f"--out must end in .html, got {shown}.")
+    if out is not None and not target.parent.is_dir():
+        raise BadInput(f"--out must lie in a folder that exists, got {shown}.")
+    html = page(folder)
+    if (target.exists() or target.is_symlink()) and not is_ours(target):
+        raise BadInput(f"--out must be a new file, got {shown}, which gradreg report did not make; pass another --out.")
+    try:
+        write_text(target, html)
+    except OSError as error:
+        raise BadInput(f"--out must be a file that can be written, got {shown}: {error.strerror}.") from error
+    print(f"{target}: {len(html.encode()) / 1024:.0f} KB, one page that stands alone.")
