@@ -1,0 +1,95 @@
+"""`gradreg claims`: every claim of the paper, measured and judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from gradreg.lab.commands.options import LAST_SEED, Out, Workers, app, switch, whole
+from gradreg.lab.folder import BadInput, new_folder
+
+
+@app.command
+def claims(
+    *,
+    quick: Annotated[bool, switch("--quick", "Smaller settings and four seeds: under 5 minutes.")] = False,
+    only: Annotated[
+        list[str] | None,
+        Parameter(name="--only", consume_multiple=True, negative="", help="Some of the claims: a b c d e."),
+    ] = None,
+    seed: Annotated[int, whole("--seed", 0, LAST_SEED, "First of the consecutive seeds")] = 0,
+    seeds: Annotated[int | None, whole("--seeds", 2, 100, "How many; by default 10, with --quick 4")] = None,
+    out: Out = None,
+    workers: Workers = None,
+    write: Annotated[
+        Path | None, Parameter(name="--write", help="Also write the page here: FILE.md, and figures/ beside it.")
+    ] = None,
+) -> None:
+    """Measure each claim of the paper, and say whether it holds here.
+
+    (a) cost, (b) generalization, (c) implicit bias in a diagonal linear network, (d) SAM, (e) flooding. Prints one
+    table, and writes a folder: results.json, claims.md and its figures. Under 25 minutes on two cores.
+    """
+    from gradreg.lab.claims.claim import Plan
+    from gradreg.lab.claims.runner import DEFAULT_SEEDS, QUICK_SEEDS, run_claims
+    from gradreg.lab.pool import default_workers
+
+    letters = _letters(only)
+    count = seeds or (QUICK_SEEDS if quick else DEFAULT_SEEDS)
+    if seed + count - 1 > LAST_SEED:
+        raise BadInput(
+            f"--seed must be a whole number from 0 to {LAST_SEED - count + 1} with {count} seeds, got '{seed}'."
+        )
+    if write is not None:
+        _check_page(write)
+    import torch
+
+    from gradreg.lab.costs import keep_heap
+
+    torch.set_num_threads(1)
+    if "a" in letters:
+        keep_heap()
+    folder = new_folder(out, "claims")
+    plan = Plan(letters, tuple(range(seed, seed + count)), quick, workers or default_workers())
+    try:
+        run_claims(plan, folder, write)
+    except KeyboardInterrupt:
+        kept = [str(folder / name) for name in ("claims.jsonl", "runs.jsonl") if (folder / name).exists()]
+        what = f"what was finished is kept in {' and '.join(kept)}" if kept else f"nothing was finished in {folder}"
+        raise KeyboardInterrupt(what) from None
+
+
+def _letters(only: list[str] | None) -> tuple[str, ...]:
+    from gradreg.lab.claims import CLAIMS
+
+    wanted = tuple(CLAIMS) if only is None else tuple(only)
+    for letter in wanted:
+        if letter not in CLAIMS:
+            raise BadInput(f"--only must be one or more of {', '.join(CLAIMS)}, with spaces between, got {letter!a}.")
+    if not wanted:
+        raise BadInput(f"--only must be one or more of {', '.join(CLAIMS)}, got nothing.")
+    return tuple(letter for letter in CLAIMS if letter in wanted)
+
+
+def _check_page(path: Path) -> None:
+    """A new page, or one that this command made, in a folder that exists and can be written to."""
+    import os
+
+    from gradreg.lab.claims.page import MARK
+
+    shown = ascii(str(path))
+    if path.suffix != ".md" or not str(path).isprintable():
+        raise BadInput(f"--write must be the path of a page that ends in .md, got {shown}.")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise BadInput(f"--write must be a page in a folder that exists and can be written to, got {shown}.")
+    if path.exists():
+        try:
+            is_ours = MARK in path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            is_ours = False
+        if not is_ours:
+            raise BadInput(
+                f"--write must be a new page or one that gradreg claims made, got {shown}, which it did not."
+            )
