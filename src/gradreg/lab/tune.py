@@ -18,20 +18,16 @@ and more for SGD, which is thus tuned at least as long. A method keeps its best 
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import gradreg
+from gradreg.lab.about import versions
 from gradreg.lab.config import RunConfig
 from gradreg.lab.folder import append_line, write_json
 from gradreg.lab.pool import run_all
@@ -190,9 +186,3 @@ def _choice(scored: Sequence[Scored], num_seeds: int) -> dict[str, Any]:
         "validation_accuracy": round(chosen.accuracy, 4),
         "trials": len(scored) * num_seeds,
     }
-
-
-def versions() -> dict[str, str]:
-    """What a number may depend on."""
-    packages = {name: version(name) for name in ("numpy", "scikit-learn", "mnist1d")}
-    return {"gradreg": gradreg.__version__, "python": platform.python_version(), "torch": torch.__version__, **packages}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from gradreg.lab.batched import is_stackable, most_slices, run_all_batched
+from gradreg.lab.batched import is_stackable, is_worthwhile, most_slices, run_all_batched
 from gradreg.lab.board import ERROR
 from gradreg.lab.folder import BadInput, append_line
 from gradreg.lab.pool import run_all
@@ -50,6 +50,11 @@ class Worker:
 def can_batch(sweep: Sweep) -> bool:
     """Whether the batched engine takes every run of the sweep."""
     return all(is_stackable(replace(sweep.base, **point)) for point in sweep.examples)
+
+
+def should_batch(sweep: Sweep) -> bool:
+    """Whether it is the faster way for every run."""
+    return all(is_worthwhile(replace(sweep.base, **point)) for point in sweep.examples)
 
 
 def work(worker: Worker, report: Callable[[Status], None] = lambda status: None) -> None:

@@ -66,7 +66,7 @@ def sweep(
     from gradreg.lab.pool import default_workers
     from gradreg.lab.schedule import Schedule
     from gradreg.lab.storage import Place
-    from gradreg.lab.workers import Worker, can_batch, work_together
+    from gradreg.lab.workers import Worker, should_batch, work_together
 
     changes = {"seed": seed, "epochs": epochs, "path": path, "device": device}
     asked = _read(config, {k: v for k, v in changes.items() if v is not None}, seeds, search)
@@ -81,7 +81,7 @@ def sweep(
     else:
         place = Place(study or _name(out), url=storage, grace=grace or Place.grace) if storage else None
         sweep = asked or _from_study(place)
-        is_batched = _engine(batched, sweep, can_batch(sweep))
+        is_batched = _engine(batched, sweep, should_batch(sweep))
         _check_runs(sweep)
         if place is not None:
             _open(place, sweep)
