@@ -7,7 +7,7 @@
 Time: in each round every method makes one step, in an order that rotates; its ratio is taken to the SGD step of
 the same round, so that a drift of the machine cancels. Printed is the median over rounds with a 95 % interval by
 bootstrap. Every method has a model of its own. On the host the heap is kept from being returned to the kernel in
-between. `gradreg.lab.costs` does the measuring, for this table and for `gradreg cost`.
+between. `gradreg.lab.cost.steps` does the measuring, for this table and for `gradreg cost`.
 
 Memory: the largest number of bytes held at once in the second step from a fresh model, less the same of SGD, in copies
 of the parameters; `at batch 1` shows weights and gradients alone, since there the activations are small.
@@ -25,7 +25,7 @@ import torch
 from models import PROBLEMS, Problem
 
 import gradreg
-from gradreg.lab import costs
+from gradreg.lab.cost import steps as costs
 
 Step = Callable[[], object]
 LEARNING_RATE = 1e-4  # small: the timed weights should stay where they are

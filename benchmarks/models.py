@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradreg.lab.attention import GPT
-from gradreg.lab.vision import resnet
+from gradreg.lab.models.attention import GPT
+from gradreg.lab.models.vision import resnet
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from gradreg.lab import batched, data, grid_speed
+from gradreg.lab import batched, data
 from gradreg.lab.batched import is_stackable, is_worthwhile, obstacle, plan, run_all_batched, run_batched
+from gradreg.lab.batched import speed as grid_speed
+from gradreg.lab.batched.models import StackedMLP, StackedModule, linear_layers, stack
+from gradreg.lab.batched.runs import StackedRuns
+from gradreg.lab.batched.training import StackedRegularizer, rule_of
 from gradreg.lab.config import RunConfig
-from gradreg.lab.parts import Part, Split
+from gradreg.lab.data.parts import Part, Split
 from gradreg.lab.runs import Job, run
-from gradreg.lab.stacked_models import StackedMLP, StackedModule, linear_layers, stack
-from gradreg.lab.stacked_runs import StackedRuns
-from gradreg.lab.stacked_training import StackedRegularizer, rule_of
 
 SETTINGS = {
     "SGD": [{}, {}, {}],

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from lab_folders import BASE, hostile_folder, replace, sweep_folder, train_folder
 
-from gradreg.lab.report_page import page
+from gradreg.lab.report.page import page
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

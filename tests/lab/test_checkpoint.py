@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gradreg.lab import checkpoint
-from gradreg.lab.checkpoint import MANIFEST, MODEL, STATE, TENSORS, Damaged
 from gradreg.lab.folder import BadInput
+from gradreg.lab.train import checkpoint
+from gradreg.lab.train.checkpoint import MANIFEST, MODEL, STATE, TENSORS, Damaged
 
 FILES = (MODEL, TENSORS, STATE, MANIFEST)
 
@@ -203,7 +203,7 @@ KILLED_WHILE_WRITING = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from gradreg.lab import checkpoint
+from gradreg.lab.train import checkpoint
 calls, real = iter(range(1, 100)), os.fsync
 def kill(descriptor):
     real(descriptor)

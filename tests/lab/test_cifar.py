@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from gradreg.lab import cifar
 from gradreg.lab.config import RunConfig
-from gradreg.lab.data import load
+from gradreg.lab.data import cifar, load
 from gradreg.lab.folder import BadInput
 
 OFFICIAL = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}

@@ -16,7 +16,7 @@ from gradreg.lab.claims.generalization import Choice
 from gradreg.lab.claims.page import MARK, escaped, markdown, summary
 from gradreg.lab.claims.runner import judged, run_claims, shown, together
 from gradreg.lab.config import RunConfig
-from gradreg.lab.cost import PREDICTED_DB_OVER_F_GR, mlp_case
+from gradreg.lab.cost.measure import PREDICTED_DB_OVER_F_GR, mlp_case
 
 # Verdicts.
 

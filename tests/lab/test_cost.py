@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from gradreg.cli import main
-from gradreg.lab import cost_report, costs
-from gradreg.lab.cost import CASES, COMPARED, LEAST_ROUNDS, PREDICTED, Plan, mlp_case, run_cost
-from gradreg.lab.cost_figure import figure
-from gradreg.lab.cost_grid import GridPlan, run_grid, verdict
-from gradreg.lab.grid_speed import ALL_THREADS, BATCHED, EACH_CORE, GridSpeed
+from gradreg.lab.batched.speed import ALL_THREADS, BATCHED, EACH_CORE, GridSpeed
+from gradreg.lab.cost import report as cost_report
+from gradreg.lab.cost import steps as costs
+from gradreg.lab.cost.figure import figure
+from gradreg.lab.cost.grid import GridPlan, run_grid, verdict
+from gradreg.lab.cost.measure import CASES, COMPARED, LEAST_ROUNDS, PREDICTED, Plan, mlp_case, run_cost
 from gradreg.lab.models import build
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from gradreg.lab import data
-from gradreg.lab.augment import augment
 from gradreg.lab.config import DATA, MODELS, RunConfig
 from gradreg.lab.data import load, with_random_labels
+from gradreg.lab.data.augment import augment
+from gradreg.lab.data.parts import Part
+from gradreg.lab.demo.tasks import RANDOM_SHARE, TASKS
 from gradreg.lab.folder import BadInput
 from gradreg.lab.models import MODELS as BUILT
-from gradreg.lab.parts import Part
-from gradreg.lab.tasks import RANDOM_SHARE, TASKS
 
 EACH_TASK = pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.task)
 

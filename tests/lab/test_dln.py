@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from gradreg.cli import main
-from gradreg.lab import dln
-from gradreg.lab.dln import EXACT, LARGE, PLAIN, POINTS, SETTINGS, Setting, sweep
+from gradreg.lab.implicit_bias import dln
+from gradreg.lab.implicit_bias.dln import EXACT, LARGE, PLAIN, POINTS, SETTINGS, Setting, sweep
+from gradreg.lab.implicit_bias.large_steps import descend
 from gradreg.lab.jobs import run_jobs
-from gradreg.lab.large_steps import descend
 from gradreg.theory import flow, sparse_regression
 
 AGREEMENT = dln.agreement

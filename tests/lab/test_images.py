@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from gradreg.lab import images
 from gradreg.lab.config import RunConfig
-from gradreg.lab.data import load
+from gradreg.lab.data import images, load
 from gradreg.lab.folder import BadInput
 from gradreg.lab.models import build
 

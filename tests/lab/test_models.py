@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from gradreg.lab import attention, models, objective, vision
+from gradreg.lab import models, objective
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import load
+from gradreg.lab.data.parts import Part, Split
 from gradreg.lab.folder import BadInput
-from gradreg.lab.models import MODELS, build
-from gradreg.lab.parts import Part, Split
+from gradreg.lab.models import MODELS, attention, build, vision
 
 DATA = {
     "mnist1d": RunConfig(data="mnist1d"),

@@ -17,13 +17,13 @@ from gradreg import cli
 from gradreg.lab import stats
 from gradreg.lab.config import RunConfig, from_mapping
 from gradreg.lab.methods import METHODS
-from gradreg.lab.report_figures import costs_of, grid_of, line_of, scale_of
-from gradreg.lab.report_folders import read
-from gradreg.lab.report_page import page
-from gradreg.lab.report_plots import Cell, Grid, Offer, Scale, cost_figure, front, heat_map, scatter_map
-from gradreg.lab.report_snippets import as_python, as_yaml, configuration
-from gradreg.lab.report_studies import number, share, text
-from gradreg.lab.report_text import compare, findings, headline, heat_sentence
+from gradreg.lab.report.figures import costs_of, grid_of, line_of, scale_of
+from gradreg.lab.report.folders import read
+from gradreg.lab.report.page import page
+from gradreg.lab.report.plots import Cell, Grid, Offer, Scale, cost_figure, front, heat_map, scatter_map
+from gradreg.lab.report.snippets import as_python, as_yaml, configuration
+from gradreg.lab.report.studies import number, share, text
+from gradreg.lab.report.text import compare, findings, headline, heat_sentence
 
 SAM = replace(BASE, method="SAM", rho=0.1)
 F_GR = replace(BASE, method="F-GR", gamma=0.1, epsilon=1.0)
@@ -423,8 +423,8 @@ def test_a_thousand_runs_fit_in_a_megabyte(folder, tmp_path):
 
 
 def test_what_is_too_much_for_a_page_is_counted(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("gradreg.lab.report_page.MOST_POINTS", 10)
-    monkeypatch.setattr("gradreg.lab.report_page.MOST_RUNS", 20)
+    monkeypatch.setattr("gradreg.lab.report.page.MOST_POINTS", 10)
+    monkeypatch.setattr("gradreg.lab.report.page.MOST_RUNS", 20)
     html = page(folder)
     assert html.count('<tr data-method="') == 10
     assert html.count("<li>seed ") == 20

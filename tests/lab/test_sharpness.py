@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from gradreg.cli import main
-from gradreg.lab import checkpoint, sharpness
-from gradreg.lab.parts import Part
+from gradreg.lab import sharpness
+from gradreg.lab.data.parts import Part
 from gradreg.lab.sharpness import Plan, load_trained, run_sharpness
+from gradreg.lab.train import checkpoint
 
 OPTIONS = "--width 8 --num-train 200 --random-labels 0.25 --epochs 2 --method f-gr --gamma 0.1 --epsilon 0.3"
 

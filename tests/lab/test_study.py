@@ -12,13 +12,13 @@ import pytest
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
-from gradreg.lab import journal as files
-from gradreg.lab import study as module
-from gradreg.lab.board import INTERRUPTED, LOST, Entry
 from gradreg.lab.folder import BadInput
 from gradreg.lab.runs import Result
-from gradreg.lab.storage import Place, with_driver, without_password
-from gradreg.lab.study import Study
+from gradreg.lab.sweep import journal as files
+from gradreg.lab.sweep import study as module
+from gradreg.lab.sweep.board import INTERRUPTED, LOST, Entry
+from gradreg.lab.sweep.storage import Place, with_driver, without_password
+from gradreg.lab.sweep.study import Study
 
 PLAN = {"what": "a plan"}
 GRACE = 2

@@ -14,17 +14,18 @@ import pytest
 import yaml
 
 from gradreg.cli import main
-from gradreg.lab import stats, workers
+from gradreg.lab import stats
 from gradreg.lab.config import FIELDS, from_mapping
 from gradreg.lab.folder import BadInput
 from gradreg.lab.runs import Result
-from gradreg.lab.schedule import Schedule
-from gradreg.lab.search import Range, propose
-from gradreg.lab.storage import Place
-from gradreg.lab.study import Study
-from gradreg.lab.sweep import best_points, from_plan, read_sweep, summarize
-from gradreg.lab.sweep_folder import conclude, find
-from gradreg.lab.workers import Worker, work
+from gradreg.lab.sweep import workers
+from gradreg.lab.sweep.folder import conclude, find
+from gradreg.lab.sweep.plan import best_points, from_plan, read_sweep, summarize
+from gradreg.lab.sweep.schedule import Schedule
+from gradreg.lab.sweep.search import Range, propose
+from gradreg.lab.sweep.storage import Place
+from gradreg.lab.sweep.study import Study
+from gradreg.lab.sweep.workers import Worker, work
 
 BASE = {"data": "digits", "model": "mlp", "width": 8, "num_train": 100, "batch_size": 50, "epochs": 40}
 GRID = [

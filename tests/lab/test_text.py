@@ -4,9 +4,8 @@ from collections import Counter
 import pytest
 import torch
 
-from gradreg.lab import text
 from gradreg.lab.config import RunConfig
-from gradreg.lab.data import load
+from gradreg.lab.data import load, text
 from gradreg.lab.models import build
 from gradreg.lab.objective import evaluate, loss
 

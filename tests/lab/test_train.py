@@ -16,12 +16,14 @@ import pytest
 import torch
 
 from gradreg import cli
-from gradreg.lab import checkpoint, objective, train
+from gradreg.lab import objective
 from gradreg.lab.config import FIELDS, RunConfig
 from gradreg.lab.data import load
 from gradreg.lab.models import build
 from gradreg.lab.runs import Job, run
-from gradreg.lab.trainer import Trainer
+from gradreg.lab.train import checkpoint
+from gradreg.lab.train import session as train
+from gradreg.lab.train.trainer import Trainer
 
 SMALL = {"data": "digits", "model": "mlp", "num_train": 100, "batch_size": 20, "width": 8, "epochs": 4}
 CONFIG = RunConfig(**SMALL, method="F-GR", gamma=0.1, epsilon=0.5)  # 5 steps in an epoch
@@ -276,7 +278,7 @@ def test_bad_input_is_refused_in_one_line_before_any_work(line, expected, tmp_pa
 # Killed, stopped, and gone on.
 
 AFTER_AN_EPOCH = """
-    from gradreg.lab import train
+    from gradreg.lab.train import session as train
     append = train.append_line
     def then_die(path, line):
         append(path, line)
@@ -285,7 +287,7 @@ AFTER_AN_EPOCH = """
     train.append_line = then_die
 """
 WHILE_SAVING = """
-    from gradreg.lab import checkpoint
+    from gradreg.lab.train import checkpoint
     write = checkpoint._write_file
     def then_die(path, content):
         if "epoch-000003" in str(path) and path.name == "state.safetensors":
@@ -295,11 +297,11 @@ WHILE_SAVING = """
     checkpoint._write_file = then_die
 """
 BEFORE_THE_RESULTS = """
-    from gradreg.lab import train
+    from gradreg.lab.train import session as train
     train._Run._results = lambda self: os.kill(os.getpid(), signal.SIGKILL)
 """
 AT_A_STEP = """
-    from gradreg.lab.trainer import Trainer
+    from gradreg.lab.train.trainer import Trainer
     step = Trainer._step
     def then_signal(self, batch):
         if self.step == 12 and os.environ.get("RANK", "0") == "0":
@@ -495,7 +497,7 @@ def test_a_full_disk_elsewhere_is_one_line_too(name, tmp_path, monkeypatch, caps
 # Several processes.
 
 SECOND_ONE_FAILS = """
-    from gradreg.lab.trainer import Trainer
+    from gradreg.lab.train.trainer import Trainer
     step = Trainer._step
     def then_fail(self, batch):
         if self.step == 7 and self.processes.rank == 1:

@@ -3,11 +3,11 @@ from dataclasses import replace
 
 import pytest
 
-from gradreg.lab import tune as tuning
 from gradreg.lab.commands import LAST_SEED
+from gradreg.lab.demo import tune as tuning
+from gradreg.lab.demo.tasks import TASKS
+from gradreg.lab.demo.tune import FACTOR, FIRST_SEED, GRIDS, SHIPPED, START, Scored, best, neighbors, tune
 from gradreg.lab.runs import Result
-from gradreg.lab.tasks import TASKS
-from gradreg.lab.tune import FACTOR, FIRST_SEED, GRIDS, SHIPPED, START, Scored, best, neighbors, tune
 
 TASK = next(iter(TASKS.values()))
 

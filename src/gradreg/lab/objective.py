@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradreg.lab.parts import Part
+from gradreg.lab.data.parts import Part
 
 _CHUNK = 2**20
 """Input numbers in a chunk by default: 341 images of 3×32×32."""

@@ -20,8 +20,8 @@ from torch import nn
 from gradreg.lab import objective
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import Part
-from gradreg.lab.randomness import seeded
-from gradreg.lab.trainer import Trainer, make_optimizer
+from gradreg.lab.train.randomness import seeded
+from gradreg.lab.train.trainer import Trainer, make_optimizer
 
 __all__ = ["Job", "Result", "accuracy", "make_optimizer", "measure", "record", "run"]
 

@@ -18,16 +18,17 @@ import torch
 from torch import nn
 
 from gradreg import curvature
-from gradreg.lab import checkpoint, objective
+from gradreg.lab import objective
 from gradreg.lab.about import machine, versions
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import load
+from gradreg.lab.data.parts import Part
 from gradreg.lab.folder import BadInput, new_folder, write_json
 from gradreg.lab.models import build
-from gradreg.lab.parts import Part
-from gradreg.lab.processes import resolve
 from gradreg.lab.progress import progress_bar
-from gradreg.lab.train import read_plan
+from gradreg.lab.train import checkpoint
+from gradreg.lab.train.processes import resolve
+from gradreg.lab.train.session import read_plan
 
 PARTS = ("train", "validation", "test")
 CHUNK = 2**17

@@ -11,10 +11,11 @@ from statistics import median
 
 import torch
 
-from gradreg.lab import costs, stats
+from gradreg.lab import stats
 from gradreg.lab.claims.claim import Above, Claim, Measured, Plan, Subclaim, Table
-from gradreg.lab.cost import CASES as LARGER
-from gradreg.lab.cost import COMPARED, PREDICTED_DB_OVER_F_GR, Case, mlp_case
+from gradreg.lab.cost import steps as costs
+from gradreg.lab.cost.measure import CASES as LARGER
+from gradreg.lab.cost.measure import COMPARED, PREDICTED_DB_OVER_F_GR, Case, mlp_case
 from gradreg.lab.progress import progress_bar
 
 METHODS = ("SGD", "F-GR", "DB")

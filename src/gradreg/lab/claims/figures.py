@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from gradreg.lab.claims.claim import FAILS, HOLDS, UNDECIDED
-from gradreg.lab.dln_report import STYLE
+from gradreg.lab.implicit_bias.dln_report import STYLE
 from gradreg.lab.plots import COLORS, FAINT, INK, svg
 
 Row = Mapping[str, Any]

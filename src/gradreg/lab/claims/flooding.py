@@ -1,8 +1,8 @@
 r"""Claim (e): flooding performs F-GR implicitly.
 
 The identity on one batch, in both orders, and then real runs: is what a pair of steps across the level does to the
-weights the penalty step that the identity predicts, and does ‖∇L‖ fall at the level? See `gradreg.lab.flooding` for
-the definitions.
+weights the penalty step that the identity predicts, and does ‖∇L‖ fall at the level? The definitions are those of
+`gradreg.lab.implicit_bias.flooding`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 from gradreg.lab import stats
 from gradreg.lab.claims.claim import Above, AtMost, Claim, Measured, Plan, Row, Subclaim, Table
 from gradreg.lab.data import Split
-from gradreg.lab.dln_report import ranged
-from gradreg.lab.flooding import MODES, Mode, Start, identity, start_of, train
+from gradreg.lab.implicit_bias.dln_report import ranged
+from gradreg.lab.implicit_bias.flooding import MODES, Mode, Start, identity, start_of, train
 from gradreg.lab.jobs import run_jobs
 
 BOUND = 1e-11  # the weights' own rounding is 7e-13 of a step of η²

@@ -18,12 +18,12 @@ from gradreg.lab import stats
 from gradreg.lab.claims.claim import Above, Claim, Measured, Plan, Subclaim, Table
 from gradreg.lab.claims.figures import epsilon_figure
 from gradreg.lab.config import RunConfig
+from gradreg.lab.demo.tasks import TASKS
+from gradreg.lab.demo.tune import FIRST_SEED, SHIPPED, configure
 from gradreg.lab.folder import append_line
 from gradreg.lab.pool import run_all
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.runs import Job, Result, record
-from gradreg.lab.tasks import TASKS
-from gradreg.lab.tune import FIRST_SEED, SHIPPED, configure
 
 METHODS = ("F-GR", "DB", "B-GR")
 LABELS = {

@@ -12,7 +12,7 @@ from rich.text import Text
 from gradreg.lab.claims import CLAIMS
 from gradreg.lab.claims.claim import FAILS, HOLDS, UNDECIDED
 from gradreg.lab.claims.figures import forest_figure
-from gradreg.lab.dln_report import console, table_of
+from gradreg.lab.implicit_bias.dln_report import console, table_of
 
 Row = Mapping[str, Any]
 MARK = "<!-- Made by `gradreg claims`: edit the command, not this page. -->"

@@ -46,7 +46,7 @@ def claims(
         _check_page(write)
     import torch
 
-    from gradreg.lab.costs import keep_heap
+    from gradreg.lab.cost.steps import keep_heap
 
     torch.set_num_threads(1)
     if "a" in letters:

@@ -69,10 +69,10 @@ def cost(
     Prints ratios to SGD with intervals, next to what counting matrix products predicts, and writes a folder:
     results.json and a figure. Under 5 minutes on two quiet cores. Close what else is running.
     """
-    from gradreg.lab import costs
-    from gradreg.lab.cost import DEPTHS, MODELS, QUICK_DEPTHS, QUICK_MODELS, Plan, run_cost
-    from gradreg.lab.cost_grid import GridPlan, run_grid
-    from gradreg.lab.processes import resolve
+    from gradreg.lab.cost import steps as costs
+    from gradreg.lab.cost.grid import GridPlan, run_grid
+    from gradreg.lab.cost.measure import DEPTHS, MODELS, QUICK_DEPTHS, QUICK_MODELS, Plan, run_cost
+    from gradreg.lab.train.processes import resolve
 
     threads = threads or torch.get_num_threads()
     if grid:

@@ -34,9 +34,9 @@ def demo(
     Prints a table with intervals and verdicts, and writes a folder: results.json, runs.jsonl, two figures and
     report.html. Under 4 minutes on two cores; hyper-parameters come from `gradreg tune`.
     """
-    from gradreg.lab.demo import DEFAULT_SEEDS, QUICK_SEEDS, QUICK_TASKS, Plan, run_demo
+    from gradreg.lab.demo.run import DEFAULT_SEEDS, QUICK_SEEDS, QUICK_TASKS, Plan, run_demo
+    from gradreg.lab.demo.tasks import TASKS
     from gradreg.lab.pool import default_workers
-    from gradreg.lab.tasks import TASKS
 
     count = seeds or (QUICK_SEEDS if quick else DEFAULT_SEEDS)
     if seed + count - 1 > LAST_SEED:
@@ -67,11 +67,11 @@ def tune(
     SGD's learning rate and weight decay first, then every method's own settings with both near by. Writes demo.json,
     the choice, and trials.jsonl, every run. A few minutes on two cores.
     """
+    from gradreg.lab.demo.tasks import TASKS
+    from gradreg.lab.demo.tune import FIRST_SEED, SHIPPED
+    from gradreg.lab.demo.tune import tune as choose
     from gradreg.lab.pool import default_workers
     from gradreg.lab.progress import progress_bar
-    from gradreg.lab.tasks import TASKS
-    from gradreg.lab.tune import FIRST_SEED, SHIPPED
-    from gradreg.lab.tune import tune as choose
 
     torch.set_num_threads(1)
     folder = new_folder(out, "tune")
@@ -105,7 +105,7 @@ def dln(
     Prints tables with intervals and verdicts, among them how well integration and theory agree, and writes a folder:
     results.json and three figures. Under 2 minutes on two cores.
     """
-    from gradreg.lab.dln import DEFAULT_SEEDS, QUICK_SEEDS, Plan, run_dln
+    from gradreg.lab.implicit_bias.dln import DEFAULT_SEEDS, QUICK_SEEDS, Plan, run_dln
     from gradreg.lab.pool import default_workers
 
     count = seeds or (QUICK_SEEDS if quick else DEFAULT_SEEDS)
@@ -129,7 +129,7 @@ def flooding(
     Prints the identity to rounding, tables with intervals, and writes a folder: results.json and a figure. Under 2
     minutes on two cores.
     """
-    from gradreg.lab.flooding import DEFAULT_SEEDS, QUICK_SEEDS, Plan, run_flooding
+    from gradreg.lab.implicit_bias.flooding import DEFAULT_SEEDS, QUICK_SEEDS, Plan, run_flooding
     from gradreg.lab.pool import default_workers
 
     count = seeds or (QUICK_SEEDS if quick else DEFAULT_SEEDS)

@@ -27,7 +27,7 @@ def report(
     The page stands alone: it loads nothing and needs no server. A page of an earlier report is replaced; nothing else
     is.
     """
-    from gradreg.lab.report_page import is_ours, page
+    from gradreg.lab.report.page import is_ours, page
 
     target = folder / "report.html" if out is None else out
     shown = ascii(str(target))

@@ -13,8 +13,8 @@ from gradreg.lab.commands.options import LAST_SEED, Out, Workers, app, whole
 from gradreg.lab.folder import BadInput, new_folder
 
 if TYPE_CHECKING:
-    from gradreg.lab.storage import Place
-    from gradreg.lab.sweep import Sweep
+    from gradreg.lab.sweep.plan import Sweep
+    from gradreg.lab.sweep.storage import Place
 
 
 @app.command
@@ -62,11 +62,11 @@ def sweep(
     intervals and verdicts, and writes a folder: config.json, study.log, runs.jsonl, results.json. May be killed at any
     time; --resume goes on, and, given in other terminals or on other machines, shares the work.
     """
-    from gradreg.lab import sweep_folder
     from gradreg.lab.pool import default_workers
-    from gradreg.lab.schedule import Schedule
-    from gradreg.lab.storage import Place
-    from gradreg.lab.workers import Worker, should_batch, work_together
+    from gradreg.lab.sweep import folder as sweep_folder
+    from gradreg.lab.sweep.schedule import Schedule
+    from gradreg.lab.sweep.storage import Place
+    from gradreg.lab.sweep.workers import Worker, should_batch, work_together
 
     changes = {"seed": seed, "epochs": epochs, "path": path, "device": device}
     asked = _read(config, {k: v for k, v in changes.items() if v is not None}, seeds, search)
@@ -103,7 +103,7 @@ def sweep(
 
 
 def _read(config: Path | None, changes: dict[str, Any], seeds: int | None, search: int | None) -> Sweep | None:
-    from gradreg.lab.sweep import read_sweep
+    from gradreg.lab.sweep.plan import read_sweep
 
     if config is not None:
         return read_sweep(config, changes, seeds, search)
@@ -116,7 +116,7 @@ def _read(config: Path | None, changes: dict[str, Any], seeds: int | None, searc
 def _check_options(
     config: Path | None, resume: Path | None, storage: str | None, study: str | None, out: Path | None
 ) -> None:
-    from gradreg.lab.storage import without_password
+    from gradreg.lab.sweep.storage import without_password
 
     if resume is not None and out is not None:
         raise BadInput("--out must be left out with --resume, which is the folder.")
@@ -141,21 +141,21 @@ def _check_same(asked: Sweep | None, known: Sweep, folder: Path) -> None:
 
 
 def _from_study(place: Place | None) -> Sweep:
-    from gradreg.lab.study import Study
-    from gradreg.lab.sweep import from_plan
+    from gradreg.lab.sweep.plan import from_plan
+    from gradreg.lab.sweep.study import Study
 
     assert place is not None
     return from_plan(Study(place).plan)
 
 
 def _open(place: Place, sweep: Sweep) -> None:
-    from gradreg.lab.study import Study
+    from gradreg.lab.sweep.study import Study
 
     Study(place, sweep.plan())
 
 
 def _engine(batched: bool | None, sweep: Sweep, default: bool) -> bool:
-    from gradreg.lab.workers import can_batch
+    from gradreg.lab.sweep.workers import can_batch
 
     if batched and not can_batch(sweep):
         raise BadInput("--batched must be left out: not every run of this sweep can be a slice of a batched model.")
@@ -179,7 +179,7 @@ def _name(out: Path | None) -> str:
 
 def _command(config: Path | None, place: Place, sweep: Sweep, changes: dict[str, Any]) -> str:
     """The same runs again; a password is left out."""
-    from gradreg.lab.storage import without_password
+    from gradreg.lab.sweep.storage import without_password
 
     words: list[Any] = ["gradreg", "sweep", *([] if config is None else [config])]
     for name, value in changes.items():

@@ -35,10 +35,10 @@ def train(
     Writes a folder: config.json, metrics.jsonl (a line for each epoch), checkpoints/, and results.json at the end, for
     which the test rows are read, once. Ctrl-C and SIGTERM save and leave; `--resume FOLDER` goes on.
     """
-    from gradreg.lab.processes import leave, processes
     from gradreg.lab.progress import progress_bar
-    from gradreg.lab.train import CannotWrite, Plan, Stopped, read_plan, start
-    from gradreg.lab.train import resume as go_on
+    from gradreg.lab.train.processes import leave, processes
+    from gradreg.lab.train.session import CannotWrite, Plan, Stopped, read_plan, start
+    from gradreg.lab.train.session import resume as go_on
 
     try:
         if resume is None:

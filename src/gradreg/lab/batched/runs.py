@@ -1,0 +1,135 @@
+"""Runs that train as one stack: the loop of trainer.py with its measurements, for many configurations at once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from gradreg.lab.batched.models import stack
+from gradreg.lab.batched.training import StackedOptimizer, StackedRegularizer, rule_of
+from gradreg.lab.data import load
+from gradreg.lab.models import build
+from gradreg.lab.runs import Job, Result, accuracy
+from gradreg.lab.train.processes import resolve
+
+
+class StackedRuns:
+    """S runs with the same data, architecture, batch size, epochs, optimizer and passes.
+
+    Each has its own initialization, order of the batches and random labels, by its seed, as a run of its own has.
+    Building them reads and puts back the global random state, so it belongs into the main thread; `run` may be called
+    in any.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        configs = [job.config for job in jobs]
+        device = resolve(configs[0].device)
+        splits = [load(config) for config in configs]
+        models = [build(config, split) for config, split in zip(configs, splits)]
+        self._jobs = jobs
+        self._held_out = splits[0]
+        self._model: nn.Module = models[0].to(device)
+        self._x = splits[0].train.x.to(device)
+        self._y = torch.stack([split.train.y for split in splits]).to(device)
+        self._batch_size = configs[0].batch_size
+        self._epochs = configs[0].epochs
+        self._steps_per_epoch = len(self._x) // self._batch_size
+        self.num_steps = self._epochs * self._steps_per_epoch
+        self.weights = torch.stack([parameters_to_vector(model.parameters()).detach() for model in models]).to(device)
+        self._stack = stack(self._model)
+        rules = [rule_of(config, self.num_steps) for config in configs]
+        self._regularizer = StackedRegularizer(self._stack, rules, self.weights)
+        self._optimizer = StackedOptimizer(configs, self.weights)
+        self._orders = [torch.Generator().manual_seed(config.seed) for config in configs]
+        self._diverged: dict[int, Tensor] = {}
+
+    def run(self, should_stop: Callable[[], bool] = lambda: False) -> list[Result]:
+        """Train and measure; `should_stop` is asked after every epoch, and ends it with KeyboardInterrupt."""
+        started = time.perf_counter()
+        traces: list[list[dict[str, float]]] = [[] for _ in self._jobs]
+        for epoch in range(self._epochs):
+            recorded = [k for k, job in enumerate(self._jobs) if self._is_recorded(job, epoch)]
+            self._record(traces, recorded, epoch * self._steps_per_epoch)
+            if len(self._diverged) == len(self._jobs):
+                break
+            self.epoch(epoch)
+            if should_stop():
+                raise KeyboardInterrupt
+        for k, weights in self._diverged.items():
+            self.weights[k] = weights
+        last = self._measure()
+        scores = [self._score(k) for k in range(len(self._jobs))]
+        seconds = (time.perf_counter() - started) / len(self._jobs)
+        return [
+            Result(
+                score,
+                **measured,
+                trace=[*trace, {"step": self.num_steps, **measured}],
+                diverged=not math.isfinite(measured["train_loss"]),
+                seconds=seconds,
+            )
+            for score, measured, trace in zip(scores, last, traces)
+        ]
+
+    def train(self) -> None:
+        """All epochs, nothing measured."""
+        for epoch in range(self._epochs):
+            self.epoch(epoch)
+
+    @torch.no_grad()
+    def epoch(self, epoch: int) -> None:
+        """Every row of every run once, the last partial batch dropped."""
+        size = self._batch_size
+        orders = torch.stack([torch.randperm(len(self._x), generator=g) for g in self._orders]).to(self._x.device)
+        first = epoch * self._steps_per_epoch
+        for step in range(first, first + self._steps_per_epoch):
+            rows = orders[:, (step - first) * size : (step - first + 1) * size]
+            x, y = self._batch(rows)
+            gradient = self._regularizer.gradient(self.weights, x, y, step)
+            share = (1 + math.cos(math.pi * step / self.num_steps)) / 2
+            self._optimizer.step(gradient, step, share)
+
+    def _batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(S, B, …) rows of the data, with the labels of each run."""
+        x = self._x.index_select(0, rows.reshape(-1)).unflatten(0, rows.shape)
+        if self._y.ndim == 2:
+            return x, self._y.gather(1, rows)
+        return x, self._y.take_along_dim(rows.unsqueeze(2), 1)
+
+    def _is_recorded(self, job: Job, epoch: int) -> bool:
+        return job.num_records > 0 and epoch % max(1, self._epochs // job.num_records) == 0
+
+    def _record(self, traces: Sequence[list[dict[str, float]]], recorded: Sequence[int], step: int) -> None:
+        """A point of the trace; a run that is found diverged ends here, its weights put aside."""
+        running = [k for k in recorded if k not in self._diverged]
+        measured = self._measure() if running else []
+        for k in running:
+            traces[k].append({"step": step, **measured[k]})
+            if not math.isfinite(measured[k]["train_loss"]):
+                self._diverged[k] = self.weights[k].clone()
+
+    @torch.no_grad()
+    def _measure(self) -> list[dict[str, float]]:
+        """What `runs.measure` gives, a batch of rows at a time: the memory of a training step is enough."""
+        count = len(self._jobs)
+        total, part = torch.zeros_like(self.weights), torch.empty_like(self.weights)
+        losses = self.weights.new_zeros(count, dtype=torch.float64)
+        for rows in torch.arange(len(self._x), device=self._x.device).split(self._batch_size):
+            x, y = self._batch(rows.expand(count, -1))
+            loss = self._stack.gradient(self.weights, x, y, part, with_loss=True)
+            assert loss is not None
+            share = len(rows) / len(self._x)
+            losses += loss.double() * share
+            total.add_(part, alpha=share)
+        norms = torch.linalg.vector_norm(total, dim=1)
+        return [{"train_loss": a, "grad_norm": b} for a, b in zip(losses.tolist(), norms.tolist())]
+
+    def _score(self, k: int) -> float:
+        rows = {"test": self._held_out.test, "validation": self._held_out.validation}[self._jobs[k].scored_on]
+        vector_to_parameters(self.weights[k].clone(), self._model.parameters())
+        return accuracy(self._model, rows)

@@ -1,0 +1,1 @@
+"""What a step costs: time, FLOPs and memory, relative to plain SGD."""

@@ -1,0 +1,195 @@
+"""What a step costs relative to SGD: time in paired rounds, counted FLOPs, peak memory.
+
+Time: in a round every method makes one step, in an order that rotates; its ratio is taken to the SGD step of the same
+round, so that a slow moment of the machine falls on all. Each method has a model of its own, and all the same batch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from gradreg.lab import objective
+from gradreg.lab.config import RunConfig
+from gradreg.lab.data import Split, load
+from gradreg.lab.data.parts import Part
+from gradreg.lab.demo.tune import configure
+from gradreg.lab.methods import METHODS
+from gradreg.lab.models import build
+
+RATE = 1e-3  # small: the timed weights should stay where they are
+WARM_UP = 3  # rounds that allocate
+RESAMPLES = 2000
+
+Step = Callable[[], object]
+Clock = Callable[[], float]
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A median over rounds, and its 95% interval by bootstrap."""
+
+    median: float
+    low: float
+    high: float
+
+
+def step_costs(task: RunConfig, chosen: Mapping[str, Mapping[str, Any]], rounds: int = 60) -> dict[str, float]:
+    """Median over rounds of (a method's step) / (SGD's step of the same round) on a task, γ at full strength."""
+    data = load(task)
+    steps = {name: make_step(configure(task, name, values, seed=0), data) for name, values in chosen.items()}
+    seconds = paired_seconds(steps, rounds, time.thread_time)
+    return {name: median(a / b for a, b in zip(seconds[name], seconds["SGD"])) for name in steps}
+
+
+def make_step(config: RunConfig, data: Split, device: torch.device = CPU) -> Step:
+    """One training step on the first rows, from the freshly built model of the run."""
+    model = build(config, data).to(device).train()
+    first = data.train[: config.batch_size]
+    batch = Part(first.x.to(device), first.y.to(device))
+    backward = METHODS[config.method].attach(model, 1, config).backward  # a run of one step: no warm-up
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=config.weight_decay)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        backward(lambda: objective.loss(model, batch))
+        optimizer.step()
+
+    return step
+
+
+def is_processor_time(device: torch.device, threads: int) -> bool:
+    return device.type == "cpu" and threads == 1
+
+
+def clock_for(device: torch.device, threads: int) -> Clock:
+    """Wall-clock time, after the device is done; on one host thread the processor time of that thread.
+
+    Processor time is wall-clock time on a quiet machine, and on a busy one it does not count the steps of others.
+    """
+    if is_processor_time(device, threads):
+        return time.thread_time
+    if device.type == "cpu":
+        return time.perf_counter
+
+    def after_device() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return after_device
+
+
+def paired_seconds(
+    steps: Mapping[str, Step],
+    rounds: int,
+    clock: Clock,
+    warm_up: int = WARM_UP,
+    progress: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round, after `warm_up` rounds that are not counted."""
+    names = list(steps)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for k in range(-warm_up, rounds):
+        for name in names[k % len(names) :] + names[: k % len(names)]:
+            started = clock()
+            steps[name]()
+            took = clock() - started
+            if k >= 0:
+                seconds[name].append(took)
+        progress()
+    return seconds
+
+
+def median_ratio(values: Sequence[float], base: Sequence[float]) -> Ratio:
+    """Of pairs, round by round.
+
+    Example:
+        >>> median_ratio([2.0, 2.0, 4.2, 2.0], [1.0, 1.0, 2.0, 1.0])
+        Ratio(median=2.0, low=2.0, high=2.1)
+    """
+    ratios = [a / b for a, b in zip(values, base)]
+    draw = random.Random(0)
+    medians = sorted(median(draw.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
+    return Ratio(median(ratios), medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)])
+
+
+def count_flops(step: Step) -> int:
+    """Two for each multiplication and addition of a matrix product or convolution, as torch's counter knows them.
+
+    Element by element operations, normalization, softmax, the optimizer and copies are not counted.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def peak_bytes(make: Callable[[], Step], device: torch.device = CPU) -> int:
+    """The most bytes that the second step holds at once, beyond the fresh model and its batch.
+
+    On the host the profiler's record of every allocation is added up; on a GPU the allocator counts.
+    """
+    step = make()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        start = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - start
+    with (
+        _silent_stderr(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
+        step()
+        with torch.profiler.record_function("second step"):
+            step()
+    assert profile.profiler is not None
+    results: Any = profile.profiler.kineto_results
+    events = results.events()
+    begin = next(e.start_ns() for e in events if e.name() == "second step")
+    held = peak = 0
+    for time_ns, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        held += change
+        if time_ns >= begin:
+            peak = max(peak, held)
+    return peak
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """The profiler's C++ side talks on the descriptor itself, and its log level is read when torch is imported."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def keep_heap() -> None:
+    """Let the heap keep what it is given back, from here to the end of the process.
+
+    Whether glibc returns memory to the kernel between two steps is luck, and costs any method up to a tenth of a step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
+    if mallopt is not None:  # glibc
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large tensor

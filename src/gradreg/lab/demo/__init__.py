@@ -1,0 +1,1 @@
+"""The demo: its tasks, the choice of its hyper-parameters, its table and page."""

@@ -1,0 +1,1 @@
+"""Experiments with the theory: diagonal linear networks, large steps, flooding."""

@@ -1,0 +1,1 @@
+"""The page of results: folders read, numbers put in words and figures."""

@@ -1,0 +1,243 @@
+"""The page of `gradreg report`: one HTML file made from the folders of sweeps and train runs."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+import gradreg
+from gradreg.lab.config import SETTINGS
+from gradreg.lab.folder import BadInput
+from gradreg.lab.methods import METHODS
+from gradreg.lab.page import render, source
+from gradreg.lab.report.figures import Drawing, Maps, cost_drawing, costs_of, curve_figures, heat_maps
+from gradreg.lab.report.folders import read
+from gradreg.lab.report.plots import key
+from gradreg.lab.report.snippets import as_python, as_yaml, configuration
+from gradreg.lab.report.studies import Point, Run, Source, Study, height, number, text
+from gradreg.lab.report.text import (
+    Comparison,
+    compare,
+    findings,
+    headline,
+    listed,
+    percent,
+    plural,
+    points_of,
+    settings,
+    short,
+    task_words,
+    words,
+)
+
+GENERATOR = "gradreg report"
+MOST_POINTS, MOST_RUNS = 2_000, 2_000
+"""Written out on a page; the files hold the rest."""
+_MOST_SOURCES = 12
+_ABOUT = ("command", "date", "seconds", "machine", "workers", "engine", "versions", "git", "seeds")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of the table of runs: what is shown, and what is sorted by."""
+
+    shown: str
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A point in the table, with its runs."""
+
+    method: str
+    cells: list[Cell]
+    runs: list[str]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A study as the template shows it."""
+
+    id: str
+    study: Study
+    headline: str
+    findings: list[str]
+    rows: list[Comparison]
+    methods: list[tuple[str, str]]
+    rest: str
+    """What varied besides the settings of the methods with a map."""
+    maps: Maps | None
+    curves: list[Drawing]
+    cost: Drawing | None
+    how_cost: str
+    columns: list[str]
+    entries: list[Entry]
+    summary: str
+    left_out: str
+    best: Point
+    yaml: str
+    python: str
+    refused: str
+    about: list[tuple[str, list[tuple[str, str]]]]
+    notes: list[str]
+
+
+def page(folder: Path) -> str:
+    """The page for a folder.
+
+    Raises:
+        BadInput: as `read`.
+    """
+    sections = [_section(study, f"s{k}") for k, study in enumerate(read(folder), 1)]
+    script = re.sub(r"\s*</?script>\s*", "\n", source("report/script.html"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    filters = {"percent": percent, "points": points_of, "short": short, "words": words}
+    return render(
+        "report/page.html",
+        filters,
+        name=text(folder.resolve().name),
+        sections=sections,
+        generator=GENERATOR,
+        script=Markup(script),
+        digest=digest,
+        key=key,
+        settings=settings,
+        task_words=task_words,
+        version=gradreg.__version__,
+        today=time.strftime("%Y-%m-%d"),
+    )
+
+
+def is_ours(path: Path) -> bool:
+    """Whether an earlier `gradreg report` wrote this file."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return f'<meta name="generator" content="{GENERATOR}">' in file.read(2_000)
+    except OSError:
+        return False
+
+
+def _section(study: Study, prefix: str) -> Section:
+    costs, how_cost = costs_of(study)
+    rows = compare(study, costs)
+    columns, entries, left_out = _table(study)
+    yaml, python, refused = "", "", ""
+    try:
+        config = configuration(study.winner)
+        yaml, python = as_yaml(config), as_python(config)
+    except BadInput as error:
+        refused = text(str(error))
+    return Section(
+        id=prefix,
+        study=study,
+        headline=headline(study, rows),
+        findings=findings(study, rows),
+        rows=rows,
+        methods=[(method, METHODS[method].about) for method in study.methods if method in METHODS],
+        rest=_rest(study),
+        maps=heat_maps(study, prefix),
+        curves=curve_figures(study, prefix),
+        cost=cost_drawing(rows, prefix),
+        how_cost=how_cost,
+        columns=columns,
+        entries=entries,
+        summary=_summary(study),
+        left_out=left_out,
+        best=study.winner,
+        yaml=yaml,
+        python=python,
+        refused=refused,
+        about=[_about(source) for source in study.sources[:_MOST_SOURCES]],
+        notes=[f"{text(source.name)}: {text(note)}" for source in study.sources for note in source.notes],
+    )
+
+
+def _rest(study: Study) -> str:
+    mapped = [point for point in study.points if point.method in METHODS and METHODS[point.method].needs]
+    names = [name for name in study.columns if name not in SETTINGS]
+    varied = [words(n) for n in names if len({json.dumps(point.config.get(n)) for point in mapped}) > 1]
+    return listed(varied) if varied else ""
+
+
+def _summary(study: Study) -> str:
+    """What the table holds."""
+    points = study.points
+    means = [point.validation.mean for point in points if point.validation]
+    said = f"{len(points)} point{plural(len(points))} in {len(study.runs)} run{plural(len(study.runs))}, the highest "
+    said += "first; a point is the runs that differ in their seed alone, and opens to show them."
+    if means:
+        said += f" Validation accuracy goes from {100 * min(means):.1f}% to {100 * max(means):.1f}%."
+    diverged = sum(point.num_diverged > 0 for point in points)
+    return said + (f" In {diverged} point{plural(diverged)} some run diverged." if diverged else "")
+
+
+def _table(study: Study) -> tuple[list[str], list[Entry], str]:
+    has_test = any(point.test for point in study.points)
+    columns = ["validation, %", *(["test, %"] if has_test else []), *(words(name) for name in study.columns)]
+    columns += ["train loss", "‖∇L‖", "seeds", "diverged", "seconds"]
+    points = sorted(study.points, key=lambda point: -height(point))
+    entries, budget = [], MOST_RUNS
+    for point in points[:MOST_POINTS]:
+        runs = sorted(point.runs, key=lambda run: json.dumps(run.seed))[:budget]
+        budget -= len(runs)
+        entries.append(Entry(point.method, _cells(study, point, has_test), [_line(run) for run in runs]))
+    left = len(points) - len(entries), len(study.runs) - (MOST_RUNS - budget)
+    said = f"{left[0]} points and {left[1]} runs more are in the files of the folder." if any(left) else ""
+    return columns, entries, said
+
+
+def _cells(study: Study, point: Point, has_test: bool) -> list[Cell]:
+    scores = (point.validation, point.test) if has_test else (point.validation,)
+    loss, norm, seconds = (point.mean(name) for name in ("train_loss", "grad_norm", "seconds"))
+    return [
+        *(_cell(found.mean if found else None, percent(found).rstrip("%")) for found in scores),
+        *(_cell(point.config.get(name), text(point.config.get(name))) for name in study.columns),
+        _cell(loss, short(loss)),
+        _cell(norm, short(norm)),
+        _cell(len(point.seeds)),
+        _cell(point.num_diverged, str(point.num_diverged or "")),
+        _cell(seconds, f"{seconds:.1f}" if math.isfinite(seconds) else ""),
+    ]
+
+
+def _cell(value: Any, shown: str | None = None) -> Cell:
+    found = number(value)
+    return Cell(str(value) if shown is None else shown, float(f"{found:.6g}") if math.isfinite(found) else None)
+
+
+def _line(run: Run) -> str:
+    """A single run in a line."""
+    parts = [f"seed {text(run.seed)}" if run.seed is not None else "no seed"]
+    for name, value in (("validation", run.validation), ("test", run.test)):
+        parts += [f"{name} {100 * value:.1f}%"] if math.isfinite(value) else []
+    parts += [f"loss {short(run.train_loss)}"] if math.isfinite(run.train_loss) else []
+    parts += [f"‖∇L‖ {short(run.grad_norm)}"] if math.isfinite(run.grad_norm) else []
+    parts += [f"{run.seconds:.1f} s"] if math.isfinite(run.seconds) else []
+    return " · ".join([*parts, *(["diverged"] if run.diverged else [])])
+
+
+def _about(source: Source) -> tuple[str, list[tuple[str, str]]]:
+    """Where the numbers of a folder come from."""
+    shown = [(name, _flat(source.about[name])) for name in _ABOUT if source.about.get(name) not in (None, "", [], {})]
+    if source.kind == "train" and source.runs:
+        shown.append(("seed", text(source.runs[0].seed)))
+    return text(source.name), shown
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return text(", ".join(f"{k} {v}" for k, v in value.items()))
+    if isinstance(value, list):
+        whole = value and all(type(v) is int for v in value) and value == list(range(value[0], value[-1] + 1))
+        return f"{value[0]} to {value[-1]}" if whole and len(value) > 2 else text(", ".join(map(str, value)))
+    return text(value)

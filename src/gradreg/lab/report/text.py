@@ -1,0 +1,226 @@
+"""What the numbers of a study say, in sentences, and the best run as text to copy."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gradreg.lab import stats
+from gradreg.lab.demo.run import sentence
+from gradreg.lab.report.plots import Grid, Offer, front
+from gradreg.lab.report.studies import Point, Study, number, text
+
+NOT_READ = "test rows not read"
+ONE_SEED = "one seed: undecided"
+_WORDS = {"gamma": "γ", "epsilon": "ε", "rho": "ρ", "level": "b"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row of the first table: the best point of a method."""
+
+    method: str
+    point: Point
+    difference: stats.Interval | None
+    verdict: str
+    cost: float
+
+
+def compare(study: Study, costs: dict[str, float]) -> list[Comparison]:
+    """Test accuracy minus SGD's over the seeds that both have; an interval needs two of them."""
+    baseline = study.best.get("SGD")
+    rows = []
+    for method, point in study.best.items():
+        difference, verdict = None, ""
+        if point.test is None:
+            verdict = NOT_READ
+        elif baseline is not None and method != "SGD":
+            difference, verdict = _difference(point, baseline)
+        rows.append(Comparison(method, point, difference, verdict, costs.get(method, math.nan)))
+    return rows
+
+
+def _difference(point: Point, baseline: Point) -> tuple[stats.Interval | None, str]:
+    mine, sgd = (
+        {json.dumps(run.seed): run.test for run in p.runs if math.isfinite(run.test)} for p in (point, baseline)
+    )
+    shared = [seed for seed in mine if seed in sgd]
+    if not shared:
+        return None, "no seed in common with SGD"
+    if len(shared) == 1:
+        gap = mine[shared[0]] - sgd[shared[0]]
+        return stats.Interval(gap, math.nan, math.nan), ONE_SEED
+    found = stats.paired_difference([mine[s] for s in shared], [sgd[s] for s in shared])
+    return found, stats.verdict(found)
+
+
+def headline(study: Study, rows: Sequence[Comparison]) -> str:
+    """The verdict on the best method, in one line."""
+    best = study.winner
+    row = next(r for r in rows if r.method == best.method)
+    if best.test is None and best.validation is None:
+        return "No run has been scored yet"
+    if best.test is None:
+        return f"{best.method} leads on validation rows; the test rows were not read"
+    if "SGD" not in study.best:
+        return f"{best.method} reaches {percent(best.test)} on test rows; there is no SGD to compare with"
+    if best.method == "SGD":
+        others = "Nothing was compared with SGD" if len(study.methods) == 1 else "No method is ahead of SGD"
+        return others if len(study.methods) == 1 else f"{others} on validation rows"
+    if row.verdict == stats.BETTER and row.difference:
+        return f"{best.method} is better than {_sgd(study)} by {100 * row.difference.mean:.1f} points of test accuracy"
+    if row.verdict == stats.WORSE and row.difference:
+        return f"{best.method}, best on validation rows, is worse than {_sgd(study)} on test rows"
+    return f"No difference is shown between {best.method}, best on validation rows, and {_sgd(study)}"
+
+
+def findings(study: Study, rows: Sequence[Comparison]) -> list[str]:
+    """What was compared, on what, and what came out."""
+    best = study.winner
+    row = next(r for r in rows if r.method == best.method)
+    points = len(study.points)
+    said = [
+        f"Compared on {task_words(study)}: {listed(study.methods)}, at {points} point{plural(points)} in "
+        f"{len(study.runs)} run{plural(len(study.runs))}."
+    ]
+    named = f"{best.method} ({settings(study, best)})" if settings(study, best) else best.method
+    if best.validation:
+        said.append(f"Chosen on validation rows: {named}, with {percent(best.validation)} there.")
+    if best.test:
+        said.append(f"Test accuracy of {best.method}: {percent(best.test)}, {seeds_of(best.test, best)}.")
+    if row.difference is not None:
+        said.append(f"Difference to {_sgd(study)}, seed by seed: {points_of(row.difference)} points: {row.verdict}.")
+    judged = [r for r in rows if r.method == "SGD" or (r.difference and r.verdict in _VERDICTS)]
+    if len(judged) > 1 and judged[0].method == "SGD" and judged[0].point.test:
+        said.append(sentence([_as_row(r) for r in judged]))
+    if any(r.verdict == ONE_SEED for r in rows):
+        said.append("With one seed there is no interval, and no difference can be shown.")
+    return said
+
+
+_VERDICTS = (stats.BETTER, stats.WORSE, stats.UNDECIDED)
+
+
+def _as_row(row: Comparison) -> dict[str, Any]:
+    shown: dict[str, Any] = {"name": row.method, "accuracy": asdict(row.point.test)} if row.point.test else {}
+    return shown | ({"difference": asdict(row.difference), "verdict": row.verdict} if row.difference else {})
+
+
+def _sgd(study: Study) -> str:
+    return "tuned SGD" if sum(point.method == "SGD" for point in study.points) > 1 else "SGD"
+
+
+def heat_sentence(grid: Grid, sgd: float | None) -> str:
+    """Where the best cell is, whether it lies on an edge, and how many are above SGD."""
+    means = {at: cell.mean for at, cell in grid.cells.items() if math.isfinite(cell.mean)}
+    if grid.best is None:
+        return "No cell has a validation accuracy."
+    row, column = grid.best
+    where = [
+        f"{label} {value}"
+        for label, value in ((grid.row_label, grid.rows[row]), (grid.column_label, grid.columns[column]))
+        if label
+    ]
+    said = f"Best at {', '.join(where)} ({100 * means[grid.best]:.1f}%)"
+    edges = [
+        f"the {'smallest' if k == 0 else 'largest'} {label}"
+        for label, k, count in ((grid.row_label, row, len(grid.rows)), (grid.column_label, column, len(grid.columns)))
+        if label and count > 1 and k in (0, count - 1)
+    ]
+    said += f", at {' and '.join(edges)}: the best may lie beyond" if edges else ""
+    if sgd is not None:
+        above = sum(mean > sgd for mean in means.values())
+        said += f"; {above} of {len(means)} above SGD's {100 * sgd:.1f}%"
+    diverged = sum(cell.num_diverged > 0 for cell in grid.cells.values())
+    return said + (f"; {diverged} with runs that diverged." if diverged else ".")
+
+
+def curve_sentence(name: str, ends: dict[str, float]) -> str:
+    """Who ends lowest and highest; nothing where one method is alone."""
+    ends = {method: value for method, value in ends.items() if math.isfinite(value)}
+    if not ends:
+        return ""
+    low, high = min(ends, key=ends.__getitem__), max(ends, key=ends.__getitem__)
+    if len(ends) == 1:
+        return f"Ends at {short(ends[low], name)} ({low})."
+    if short(ends[low], name) == short(ends[high], name):
+        return f"All end at {short(ends[low], name)}."
+    return f"Ends lowest with {low} ({short(ends[low], name)}), highest with {high} ({short(ends[high], name)})."
+
+
+def short(value: float, name: str = "") -> str:
+    if not math.isfinite(value):
+        return ""
+    return f"{100 * value:.1f}%" if name == "validation_accuracy" else f"{value:.3g}"
+
+
+def cost_sentence(offers: Sequence[Offer]) -> str:
+    best = front(offers)
+    rest = [offer.method for offer in offers if offer not in best]
+    said = "On the front: " + ", ".join(f"{o.method} ({o.cost:.2f}×, {o.mean:.1f}%)" for o in best) + "."
+    if rest:
+        verb = "is" if len(rest) == 1 else "are"
+        said += f" {listed(rest)} {verb} not: another method reaches as much for no more."
+    return said + " The front goes by the means; whether a step up is more than chance, the verdicts above say."
+
+
+def task_words(study: Study) -> str:
+    task = study.task
+    labels = number(task.get("random_labels"))
+    words = [
+        text(task.get("data")),
+        text(task.get("model")).upper(),
+        f"{labels:.0%} random labels" if labels > 0 else "clean labels",
+    ]
+    words += [
+        f"{word} {text(task[key])}"
+        for key, word in (("depth", "depth"), ("width", "width"))
+        if task.get(key) is not None
+    ]
+    words += [f"{text(task['num_train'])} training rows"] if task.get("num_train") is not None else []
+    words += [f"{text(task['epochs'])} epochs"] if task.get("epochs") is not None else []
+    return ", ".join(word for word in words if word)
+
+
+def settings(study: Study, point: Point) -> str:
+    """`γ 0.1, ε 1, learning rate 0.05`: what distinguishes the point."""
+    return ", ".join(
+        f"{words(name)} {text(value)}" for name in study.columns if (value := point.config.get(name)) is not None
+    )
+
+
+def words(name: str) -> str:
+    return _WORDS.get(name, name.replace("_", " "))
+
+
+def percent(interval: stats.Interval | None) -> str:
+    """`77.6 ± 0.6%`; the mean alone where there is no interval."""
+    if interval is None:
+        return ""
+    margin = f" ± {100 * interval.half_width:.1f}" if math.isfinite(interval.low) else ""
+    return f"{100 * interval.mean:.1f}{margin}%"
+
+
+def points_of(interval: stats.Interval | None) -> str:
+    """`+4.6 (+3.7 to +5.6)`, in percentage points."""
+    if interval is None:
+        return ""
+    mean, low, high = (100 * value + 0.0 for value in (interval.mean, interval.low, interval.high))
+    ends = f" ({low:+.1f} to {high:+.1f})" if math.isfinite(low) else ""
+    return f"{mean:+.1f}{ends}".replace("-", "−")
+
+
+def seeds_of(interval: stats.Interval, point: Point) -> str:
+    count = len({json.dumps(run.seed) for run in point.runs if math.isfinite(run.test)})
+    return f"95% interval over {count} seeds" if math.isfinite(interval.low) else "one seed"
+
+
+def listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def plural(count: int) -> str:
+    return "" if count == 1 else "s"

@@ -1,0 +1,207 @@
+"""The workers of a sweep: each takes runs from the study until nothing is left, on any number of machines."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+from gradreg.lab.batched import is_stackable, is_worthwhile, most_slices, run_all_batched
+from gradreg.lab.folder import BadInput, append_line
+from gradreg.lab.pool import run_all
+from gradreg.lab.progress import progress_bar
+from gradreg.lab.runs import record
+from gradreg.lab.sweep.board import ERROR
+from gradreg.lab.sweep.plan import Sweep, from_plan
+from gradreg.lab.sweep.schedule import Schedule, Status
+from gradreg.lab.sweep.storage import Place
+from gradreg.lab.sweep.study import Study
+
+STACKS = 4
+"""That a worker takes at a time."""
+SHARES = 2
+"""Into which the work of each worker is divided, so that they end together."""
+PAUSE = 0.5  # seconds between looks at what others do
+
+
+@dataclass(frozen=True)
+class Worker:
+    """How runs are played in this process."""
+
+    folder: Path
+    """Takes a line of runs.jsonl for each run that finishes here."""
+    place: Place
+    is_batched: bool
+    count: int = 1
+    """Workers on this machine, among whom a batch is shared out."""
+
+
+def can_batch(sweep: Sweep) -> bool:
+    """Whether the batched engine takes every run of the sweep."""
+    return all(is_stackable(replace(sweep.base, **point)) for point in sweep.examples)
+
+
+def should_batch(sweep: Sweep) -> bool:
+    """Whether it is the faster way for every run."""
+    return all(is_worthwhile(replace(sweep.base, **point)) for point in sweep.examples)
+
+
+def work(worker: Worker, report: Callable[[Status], None] = lambda status: None) -> None:
+    """Run what is left of a sweep, and stay until others have finished what they have.
+
+    Raises:
+        BadInput: the study cannot be used, or some run has failed so often that it was given up.
+    """
+    with Study(worker.place) as study:
+        schedule = Schedule(from_plan(study.plan))
+        most = _batch_size(schedule.sweep, worker) if worker.is_batched else 1
+        schedule.look_ahead(most)
+        while True:
+            board = study.claim(schedule.wanted, most, schedule.attempts)
+            status = schedule.status(board)
+            report(status)
+            if study.held:
+                _play(study, schedule, worker)
+            elif status.is_finished:
+                return
+            elif not board.running and not board.waiting:
+                raise BadInput(schedule.given_up(board))
+            else:
+                time.sleep(PAUSE)
+
+
+def _batch_size(sweep: Sweep, worker: Worker) -> int:
+    """A few stacks, since methods that need other passes stack apart; but no worker shall wait for another's last."""
+    share = sweep.num_points * len(sweep.seeds) / (SHARES * worker.count)
+    return max(1, min(STACKS * most_slices(sweep.base), math.ceil(share)))
+
+
+def _play(study: Study, schedule: Schedule, worker: Worker) -> None:
+    """Run what is held; each result is kept as soon as it is there."""
+    jobs = {key: schedule.job(trial.user_attrs["what"]) for key, trial in study.held.items()}
+    keys, todo = list(jobs), list(jobs.values())
+    runs = run_all_batched(todo, workers=1) if worker.is_batched else run_all(todo, workers=1)
+    with study.alive(), closing(runs) as results:
+        try:
+            for k, result in results:
+                if study.finish(keys[k], result):
+                    with suppress(OSError):  # the study has it, from which the lines are written at the end
+                        append_line(worker.folder / "runs.jsonl", record(todo[k], result))
+        except BadInput:
+            raise  # this machine cannot run it, another may
+        except Exception as error:  # what a run may meet: no memory left, a method that the model does not bear
+            study.release(f"{ERROR}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def work_together(worker: Worker, schedule: Schedule) -> None:
+    """Work with `worker.count` processes, or in this one; shows progress on a terminal.
+
+    Ctrl-C and SIGTERM end the workers, which give back what they have.
+    """
+    torch.set_num_threads(1)
+    with progress_bar() as progress, _terminated_as_interrupted():
+
+        def report(status: Status) -> None:
+            progress(status.text, status.done, status.planned)
+
+        progress("starting", 0, schedule.sweep.num_runs)
+        if worker.count == 1 or _is_finished(worker.place, schedule):
+            work(worker, report)
+            return
+        spawn = multiprocessing.get_context("spawn")
+        pipes = [spawn.Pipe(duplex=False) for _ in range(worker.count)]
+        processes = [spawn.Process(target=_process, args=(worker, end)) for _, end in pipes]
+        try:
+            for process in processes:
+                process.start()
+            for _, end in pipes:
+                end.close()
+            with Study(worker.place) as study:
+                while any(process.is_alive() for process in processes):
+                    report(schedule.status(study.board()))
+                    _wait(processes)
+                if not schedule.status(study.board()).is_finished:
+                    raise BadInput(_last_words([pipe for pipe, _ in pipes]))
+        finally:
+            _end(processes)
+
+
+def _is_finished(place: Place, schedule: Schedule) -> bool:
+    with Study(place) as study:
+        return schedule.status(study.board()).is_finished
+
+
+def _process(worker: Worker, words: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which sends SIGTERM
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with _terminated_as_interrupted():
+        try:
+            work(worker)
+        except KeyboardInterrupt:
+            pass
+        except BadInput as error:
+            words.send(str(error))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _wait(processes: Sequence[BaseProcess]) -> None:
+    until = time.monotonic() + 2 * PAUSE
+    for process in processes:
+        process.join(max(0.05, until - time.monotonic()))
+
+
+def _last_words(pipes: Sequence[Connection]) -> str:
+    for pipe in pipes:
+        try:
+            if pipe.poll():
+                return pipe.recv()
+        except EOFError:
+            continue
+    return "every worker was killed, as the system does where memory is short; try fewer --workers."
+
+
+def _end(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.terminate()
+    for process in processes:
+        if process.pid is not None:
+            process.join(15)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM is taken as Ctrl-C, where signals can be taken at all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,360 @@
+"""`gradreg train`: one run on disk, which can be stopped and killed at any moment and goes on as if nothing was.
+
+    config.json      configuration, command, date, machine, versions, git state
+    metrics.jsonl    a line for each epoch
+    checkpoints/     one folder for each of the last ones, see checkpoint.py
+    results.json     when the run has ended; the test rows are read for it, once
+
+In metrics.jsonl, `train_loss` and `grad_norm` are L and ‖∇L‖ over the first 5,000 training rows after the epoch, in
+evaluation mode and full precision; those of results.json are over all of them. `learning_rate` is that of the step to
+come, `penalty_ratio` is ‖ĝ − g1‖/‖g1‖ in the last step of the epoch, `seconds` are those of the epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradreg.lab import objective
+from gradreg.lab.about import git_state, machine, versions
+from gradreg.lab.config import FIELDS, RunConfig, from_mapping
+from gradreg.lab.folder import BadInput, append_line, new_folder, write_json, write_text
+from gradreg.lab.train import checkpoint
+from gradreg.lab.train.processes import Processes
+from gradreg.lab.train.randomness import seeded
+from gradreg.lab.train.stopping import StopRequest, stop_requests
+from gradreg.lab.train.trainer import Trainer
+
+MEASURED_ROWS = 5000
+
+Row = dict[str, Any]
+Show = Callable[[str, int, int], None]
+
+
+class Stopped(Exception):
+    """A signal ended the run after its state was saved; the message says how to go on."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+class CannotWrite(Exception):
+    """The disk is full, say; the message says what is kept."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run and what is kept of it."""
+
+    config: RunConfig
+    checkpoint_every: int = 1
+    """Epochs."""
+    keep: int = 3
+    """Checkpoints."""
+    tensorboard: bool = False
+    threads: int | None = None
+    """Of a run that is under way; sums over another number of threads are rounded differently."""
+
+
+def start(plan: Plan, out: Path | None, group: Processes, show: Show) -> Row | None:
+    """Train into a new folder; what results.json holds, in the first process."""
+    if plan.tensorboard:
+        _summary_writer()
+    with seeded(plan.config.seed):
+        trainer = Trainer(plan.config, processes=group, follows_penalty=True)
+        group.check_agreement("the configuration", plan)
+        if not group.is_first:
+            return _Run(plan, Path(), trainer).train(show)
+        folder = new_folder(out, "train")
+        with _telling_what_is_kept(folder):
+            about = {
+                "command": command(plan),
+                "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+                "machine": machine(group.size),
+                "versions": versions(),
+                "git": git_state(),
+                **{key: value for key, value in asdict(plan).items() if key != "config"},
+                "threads": torch.get_num_threads(),
+                "config": asdict(plan.config),
+            }
+            write_json(folder / "config.json", about)
+            with _held(folder, group):
+                return _Run(plan, folder, trainer).train(show)
+
+
+def resume(
+    folder: Path, given: Mapping[str, Any], group: Processes, show: Show, say: Callable[[str], None]
+) -> Row | None:
+    """Go on from the last good checkpoint; `given` are fields that the user named again, which must be the same.
+
+    Raises:
+        BadInput: no such run, one that has ended or is running, other values than its own, no good checkpoint.
+    """
+    plan = read_plan(folder)
+    for name, value in given.items():
+        own = getattr(plan.config, name)
+        if value != own:
+            raise BadInput(f"{name} must stay {str(own)!a} with --resume, as the run began, got {str(value)!a}.")
+    if (folder / "results.json").exists():
+        raise BadInput(f"--resume must be the folder of a run that has not ended, got {_shown(folder)}.")
+    if plan.tensorboard:
+        _summary_writer()
+    if plan.threads is not None:
+        torch.set_num_threads(plan.threads)
+    with seeded(plan.config.seed), _held(folder, group), _telling_what_is_kept(folder):
+        trainer = Trainer(plan.config, processes=group, follows_penalty=True)
+        place = checkpoint.last_good(folder / "checkpoints", say)
+        group.check_agreement("the checkpoint", place.name)
+        run = _Run(plan, folder, trainer)
+        run.load(checkpoint.read(place))
+        return run.train(show)
+
+
+def read_plan(folder: Path) -> Plan:
+    """What a run was started with, from its config.json.
+
+    Raises:
+        BadInput: `folder` is not that of a run of `gradreg train`.
+    """
+    what = "--resume must be the folder of a run of gradreg train"
+    try:
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = from_mapping(about["config"], _shown(folder / "config.json"))
+        return Plan(config, about["checkpoint_every"], about["keep"], about["tensorboard"], about["threads"])
+    except OSError as error:
+        raise BadInput(f"{what}, got {_shown(folder)}: no config.json ({error.strerror}).") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{what}, got {_shown(folder)}, whose config.json is not of that kind.") from error
+
+
+def command(plan: Plan) -> str:
+    """The command line that runs it again: what differs from the defaults."""
+    words = ["gradreg", "train"]
+    default = Plan(plan.config)
+    for name, spec in FIELDS.items():
+        value = getattr(plan.config, name)
+        if value != spec.default:
+            flag = "--" + name.replace("_", "-")
+            words += [flag] if value is True else [flag, str(value)]
+    for name in ("checkpoint_every", "keep"):
+        if getattr(plan, name) != getattr(default, name):
+            words += ["--" + name.replace("_", "-"), str(getattr(plan, name))]
+    return shlex.join(words + (["--tensorboard"] if plan.tensorboard else []))
+
+
+class _Run:
+    """A run under way, in one of its processes. Only the first writes."""
+
+    def __init__(self, plan: Plan, folder: Path, trainer: Trainer) -> None:
+        self.plan = plan
+        self.folder = folder
+        self.trainer = trainer
+        self.group = trainer.processes
+        self.seconds = 0.0  # of the whole run, up to the last clock()
+        self.epoch_seconds = 0.0
+        self.is_diverged = False
+        self._clock = time.perf_counter()
+        self._saved = False
+
+    def train(self, show: Show) -> Row | None:
+        first_step, epochs = self.trainer.step, self.plan.config.epochs
+        with ExitStack() as stack:
+            stop = stack.enter_context(stop_requests(once=self.group.size == 1))
+            log = stack.enter_context(self._tensorboard())
+
+            def should_stop() -> bool:
+                planned = self.trainer.num_steps - first_step
+                show(f"epoch {min(self.trainer.place.epoch + 1, epochs)}", self.trainer.step - first_step, planned)
+                return self.group.any(stop.signal is not None)
+
+            while self.trainer.place.epoch < epochs and not self.is_diverged:
+                if self.trainer.epoch(should_stop):
+                    self._end_epoch(log)
+                if self.group.any(stop.signal is not None) and self.trainer.place.epoch < epochs:
+                    self._leave(stop)
+            found = self._results() if self.group.is_first else None
+            self.group.wait()
+            return found
+
+    def _end_epoch(self, log: Callable[[Row], None]) -> None:
+        if self.group.is_first:
+            line = self._measured()
+            self.is_diverged = not math.isfinite(line["train_loss"])
+            append_line(self.folder / "metrics.jsonl", line)
+            log(line)
+        self.is_diverged = self.group.any(self.is_diverged)
+        self.epoch_seconds = 0.0
+        epoch = self.trainer.place.epoch
+        if epoch % self.plan.checkpoint_every == 0 or epoch == self.plan.config.epochs or self.is_diverged:
+            self._save()
+
+    def _measured(self) -> Row:
+        trainer = self.trainer
+        loss, norm = objective.gradient_norm(trainer.model, trainer.data.train[:MEASURED_ROWS])
+        validation = objective.evaluate(trainer.model, trainer.data.validation)
+        self._tick()
+        return {
+            "epoch": trainer.place.epoch,
+            "step": trainer.step,
+            "learning_rate": trainer.learning_rate,
+            "train_loss": loss,
+            "validation_loss": validation.loss,
+            "validation_accuracy": validation.accuracy,
+            "grad_norm": norm,
+            "penalty_ratio": trainer.penalty_ratio,
+            "seconds": round(self.epoch_seconds, 3),
+        }
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self._clock
+        self.epoch_seconds += now - self._clock
+        self._clock = now
+
+    def _save(self) -> Path:
+        place = self.trainer.place
+        target = self.folder / "checkpoints" / checkpoint.name_of(place.epoch, place.position)
+        if self.group.is_first:
+            self._tick()
+            own = {"seconds": self.seconds, "epoch_seconds": self.epoch_seconds, "is_diverged": self.is_diverged}
+            _synchronize(self.folder / "metrics.jsonl")
+            checkpoint.write(target, {**self.trainer.state_dict(), "run": own})
+            checkpoint.rotate(target, self.plan.keep)
+        self.group.wait()
+        return target
+
+    def load(self, state: Row) -> None:
+        self.trainer.load_state_dict(state)
+        for name, value in state["run"].items():
+            setattr(self, name, value)
+        if self.group.is_first:
+            self._keep_metrics(self.trainer.place.epoch)
+        self.group.wait()
+
+    def _keep_metrics(self, epochs: int) -> None:
+        """The lines of so many epochs; later ones will be made again."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        kept = lines[:epochs]
+        try:
+            whole = [json.loads(line)["epoch"] for line in kept] == list(range(1, epochs + 1))
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise BadInput(f"{_shown(path)} must hold a line for each of the {epochs} epochs of the checkpoint.")
+        if lines != kept:
+            write_text(path, "".join(kept))
+
+    def _leave(self, stop: StopRequest) -> None:
+        target = self._save()
+        epochs = self.plan.config.epochs
+        where = f"{self.trainer.step} of {self.trainer.num_steps} steps ({epochs} epochs)"
+        raise Stopped(
+            stop.signal or signal.SIGTERM,
+            f"saved after {where} in {target}; go on with: {_command_to_resume(self.folder)}",
+        )
+
+    def _results(self) -> Row:
+        trainer, data = self.trainer, self.trainer.data
+        loss, norm = objective.gradient_norm(trainer.model, data.train)
+        validation, test = (objective.evaluate(trainer.model, part) for part in (data.validation, data.test))
+        self._tick()
+        about = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        results = {
+            **about,
+            "epochs": trainer.place.epoch,
+            "steps": trainer.step,
+            "diverged": self.is_diverged or not math.isfinite(loss),
+            "train_loss": loss,
+            "grad_norm": norm,
+            "validation_loss": validation.loss,
+            "validation_accuracy": validation.accuracy,
+            "test_loss": test.loss,
+            "test_accuracy": test.accuracy,
+            "seconds": round(self.seconds, 1),
+        }
+        write_json(self.folder / "results.json", results)
+        return {**results, "folder": str(self.folder)}
+
+    @contextmanager
+    def _tensorboard(self) -> Iterator[Callable[[Row], None]]:
+        if not (self.plan.tensorboard and self.group.is_first):
+            yield lambda line: None
+            return
+        writer = _summary_writer()(str(self.folder / "tensorboard"), purge_step=self.trainer.step + 1)
+
+        def log(line: Row) -> None:
+            for name, value in line.items():
+                writer.add_scalar(name, value, line["step"])
+            writer.flush()
+
+        try:
+            yield log
+        finally:
+            writer.close()
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise BadInput("--tensorboard needs the package tensorboard: pip install 'gradreg[tensorboard]'") from error
+    return SummaryWriter
+
+
+@contextmanager
+def _telling_what_is_kept(folder: Path) -> Iterator[None]:
+    """After a full disk, and after a Ctrl-C that nothing waited for."""
+    try:
+        yield
+    except (OSError, KeyboardInterrupt) as error:
+        kept = [place.name for place in checkpoint.all_in(folder / "checkpoints")]
+        way_out = f"{', '.join(kept)} kept; go on with: {_command_to_resume(folder)}" if kept else "nothing was kept"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(way_out) from None
+        raise CannotWrite(f"cannot write to {_shown(folder)}: {error.strerror or error}; {way_out}") from error
+
+
+def _command_to_resume(folder: Path) -> str:
+    return f"gradreg train --resume {shlex.quote(str(folder))}"
+
+
+@contextmanager
+def _held(folder: Path, group: Processes) -> Iterator[None]:
+    """No other process goes on with this run meanwhile; a killed one lets go by itself."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    with (folder / "config.json").open("rb") as file:
+        if group.is_first:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BadInput(
+                    f"--resume must be the folder of a run that is not running, got {_shown(folder)}."
+                ) from error
+        yield
+
+
+def _synchronize(path: Path) -> None:
+    if path.exists():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _shown(path: Path) -> str:
+    return ascii(str(path))

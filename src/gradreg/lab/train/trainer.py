@@ -1,0 +1,213 @@
+"""The training loop of the lab: data, model, method, optimizer, schedule, precision, one epoch at a time.
+
+A cosine learning rate that ends at 0, weight decay in the optimizer. A row of the training part is seen once in an
+epoch, in an order that the seed decides; the last partial batch is dropped. With several processes a batch is split
+among them and gradients are averaged, so that a step is that of one process to rounding.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gradreg.lab import objective
+from gradreg.lab.config import RunConfig
+from gradreg.lab.data import Part, Split, load
+from gradreg.lab.data.augment import augment
+from gradreg.lab.folder import BadInput
+from gradreg.lab.methods import METHODS
+from gradreg.lab.models import build
+from gradreg.lab.train.checkpoint import differences
+from gradreg.lab.train.processes import Processes, resolve
+from gradreg.lab.train.randomness import random_state, set_random_state
+
+_LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Place:
+    """How far a run is."""
+
+    epoch: int = 0
+    """Finished epochs."""
+    position: int = 0
+    """Steps into the next one."""
+
+
+class Trainer:
+    """A run in memory.
+
+    Args:
+        config: what to run.
+        data: the split; by default that of the configuration.
+        processes: those that share each batch; by default this one alone.
+        follows_penalty: measure `penalty_ratio` in the last step of each epoch; no bit of the run depends on it.
+
+    Raises:
+        BadInput: a device that is not there, batches that the processes cannot share, or the exact penalty where
+            PyTorch cannot differentiate twice.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: Split | None = None,
+        processes: Processes | None = None,
+        follows_penalty: bool = False,
+    ) -> None:
+        self.processes = processes or Processes(device=resolve(config.device))
+        _check(config, self.processes)
+        self.config = config
+        self.data = load(config) if data is None else data
+        self.device = self.processes.device
+        self.model = build(config, self.data).to(self.device)
+        self.steps_per_epoch = len(self.data.train) // config.batch_size
+        self.num_steps = config.epochs * self.steps_per_epoch
+        self._forward = self._wrapped(self.model)
+        attached = METHODS[config.method].attach(self._forward, self.num_steps, config)
+        self._backward, self.regularizer = attached.backward, attached.regularizer
+        self.optimizer = make_optimizer(config, self.model)
+        self._cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.num_steps)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self._batch_order = torch.Generator().manual_seed(config.seed)
+        self._augmentation = torch.Generator().manual_seed(config.seed)
+        self._epoch_start = self._batch_order.get_state()  # before the order of the epoch was drawn
+        self._follows_penalty = follows_penalty and self.regularizer is not None
+        self.penalty_ratio = 0.0
+        self.place = Place()
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self.place.epoch * self.steps_per_epoch + self.place.position
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def epoch(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Train to the end of the epoch; whether it came so far, since `should_stop` is asked after every step."""
+        self._batch_order.set_state(self._epoch_start)
+        order = torch.randperm(len(self.data.train), generator=self._batch_order)
+        batches = order[: self.steps_per_epoch * self.config.batch_size].split(self.config.batch_size)
+        self._forward.train()
+        for rows in batches[self.place.position :]:
+            is_last = self.place.position == len(batches) - 1
+            if is_last and self._follows_penalty:
+                assert self.regularizer is not None
+                self.regularizer.diagnostics()  # having been read, they are measured in the next step
+            self._step(self.data.train[rows])
+            self.place.position += 1
+            if is_last:
+                self._end_epoch()
+            if should_stop():
+                return is_last
+        return True
+
+    def _step(self, batch: Part) -> None:
+        part = self._share(batch)
+        self.optimizer.zero_grad()
+        if self.config.precision == "fp16":
+            self._backward(lambda: self._loss(part), backward=lambda loss: self._scaler.scale(loss).backward())
+        else:
+            self._backward(lambda: self._loss(part))
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        with warnings.catch_warnings():
+            if self.config.precision == "fp16":  # a scaler that skips the first step makes the schedule complain
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self._cosine.step()
+
+    def _loss(self, part: Part) -> Tensor:
+        dtype = _LOW_PRECISION.get(self.config.precision)
+        if dtype is None:
+            return objective.loss(self._forward, part)
+        with torch.autocast(self.device.type, dtype):
+            return objective.loss(self._forward, part)
+
+    def _share(self, batch: Part) -> Part:
+        """This process's rows; the whole batch is augmented first, so that they do not depend on the others."""
+        x = augment(batch.x, self._augmentation) if self.config.augment else batch.x
+        own = slice(self.processes.rank, None, self.processes.size)
+        return Part(x[own].to(self.device), batch.y[own].to(self.device))
+
+    def _end_epoch(self) -> None:
+        if self._follows_penalty:
+            assert self.regularizer is not None
+            ratio = self.regularizer.diagnostics()["penalty_ratio"]
+            assert isinstance(ratio, Tensor)
+            self.penalty_ratio = ratio.item()
+        self.place = Place(self.place.epoch + 1)
+        self._epoch_start = self._batch_order.get_state()
+
+    def _wrapped(self, model: nn.Module) -> nn.Module:
+        if self.processes.size > 1:
+            model = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        return torch.compile(model) if self.config.compile else model  # type: ignore[return-value]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides the steps to come; tensors are not copied."""
+        regularizer = self.regularizer
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self._cosine.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "regularizer": None if regularizer is None else regularizer.state_dict(),
+            "penalty_ratio": self.penalty_ratio,
+            "batch_order": self._epoch_start,
+            "augmentation": self._augmentation.get_state(),
+            "random": random_state(self.device),
+            "epoch": self.place.epoch,
+            "position": self.place.position,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            BadInput: the state of another model; the message lists the differences, and nothing is changed.
+        """
+        different = differences(self.model.state_dict(), state["model"])
+        if different:
+            more = f"; and {len(different) - 5} more" if len(different) > 5 else ""
+            raise BadInput(f"the checkpoint is that of another model: {'; '.join(different[:5])}{more}.")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._cosine.load_state_dict(state["schedule"])
+        if self._scaler.is_enabled():
+            self._scaler.load_state_dict(state["scaler"])
+        if self.regularizer is not None:
+            self.regularizer.load_state_dict(state["regularizer"])
+        self.penalty_ratio = state["penalty_ratio"]
+        self._epoch_start = state["batch_order"]
+        self._augmentation.set_state(state["augmentation"])
+        set_random_state(state["random"], self.device)
+        self.place = Place(state["epoch"], state["position"])
+
+
+def _check(config: RunConfig, processes: Processes) -> None:
+    if config.method == "DB" and config.compile:
+        raise BadInput("compile must be false with method DB: a compiled model cannot be differentiated twice.")
+    if config.method == "DB" and processes.size > 1:
+        raise BadInput("method must not be DB with several processes: what they reduce is the first derivative only.")
+    if config.batch_size % processes.size:
+        raise BadInput(
+            f"batch_size must be a multiple of the {processes.size} processes that share it, got '{config.batch_size}'."
+        )
+
+
+def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a run on all parameters."""
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=rate, momentum=config.momentum, weight_decay=decay)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    return kind(model.parameters(), lr=rate, weight_decay=decay)
