@@ -1,0 +1,1 @@
+"""One file for each framework, each an optional extra that is imported only there."""

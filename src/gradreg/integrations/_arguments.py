@@ -1,0 +1,175 @@
+"""The arguments of a regularized trainer, and a γ that finds the wanted penalty ratio by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gradreg.training.regularizer import GradientRegularizer
+from gradreg.training.schedule import Schedule, value_at, warmup
+
+
+@dataclass
+class CommonArguments:
+    """Every argument but ε, whose name some trainers have taken for something else."""
+
+    gamma: float = field(
+        default=0.1, metadata={"help": "Strength γ ≥ 0 of the penalty γ/2 ‖∇L‖²; 0 runs no second pass."}
+    )
+    scheme: str = field(default="forward", metadata={"help": "'forward' or 'backward' difference."})
+    ascent: str = field(default="gradient", metadata={"help": "'gradient', 'normalized' (SAM) or 'adaptive' (ASAM)."})
+    include: list[str] | None = field(
+        default=None, metadata={"help": "Shell-style patterns over parameter names to penalize; None takes all."}
+    )
+    exclude: list[str] | None = field(
+        default=None, metadata={"help": "Patterns taken away again; None is the trainer's default, [] is nothing."}
+    )
+    gamma_warmup_steps: int = field(default=0, metadata={"help": "Steps in which γ rises linearly from 0."})
+    penalty_cap: float | None = field(default=None, metadata={"help": "The largest ‖ĝ − g1‖/‖g1‖, or None."})
+    target_penalty_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Turn γ until ‖ĝ − g1‖/‖g1‖ is about this; reads a measurement back in every step."},
+    )
+
+    @property
+    def displacement_epsilon(self) -> float:
+        """ε, the step length along the ascent."""
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        parent: Any = super()
+        if hasattr(parent, "__post_init__"):
+            parent.__post_init__()
+        if self.scheme not in ("forward", "backward"):
+            raise ValueError(
+                f'scheme must be "forward" or "backward", got {self.scheme!r}: the window is replayed once, which '
+                "serves no other scheme. For those use a loop of your own and GradientRegularizer.backward."
+            )
+        target, cap = self.target_penalty_ratio, self.penalty_cap
+        if target is not None and not (math.isfinite(target) and target > 0):
+            raise ValueError(f"target_penalty_ratio must be a finite number > 0, or None, got {target!r}.")
+        if target is not None and cap is not None and cap < target:
+            raise ValueError(
+                f"target_penalty_ratio must not exceed penalty_cap, got {target} and {cap}: γ would grow without end."
+            )
+        if target is not None and self.gamma == 0:
+            raise ValueError("target_penalty_ratio multiplies gamma, so gamma must be > 0, got 0.")
+
+
+@dataclass
+class RegularizationArguments(CommonArguments):
+    """For a trainer whose arguments have no `epsilon`: `class MyArguments(RegularizationArguments, Theirs)`.
+
+    Raises:
+        TypeError: on construction, where the other class has an `epsilon`, which this one would overwrite.
+    """
+
+    epsilon: float = field(default=0.1, metadata={"help": "Step length ε > 0 along the ascent; γ = ε makes ĝ = g2."})
+
+    @property
+    def displacement_epsilon(self) -> float:
+        return self.epsilon
+
+    def __post_init__(self) -> None:
+        for kind in type(self).__mro__:
+            if "epsilon" in vars(kind) and not issubclass(kind, RegularizationArguments):
+                raise TypeError(
+                    f"{kind.__name__} has an epsilon that means something else: instead of "
+                    "RegularizationArguments inherit from TRLRegularizationArguments (gradreg.integrations.trl), and "
+                    "give ε as gr_epsilon."
+                )
+        super().__post_init__()
+
+
+@dataclass
+class Calibrated:
+    """γ times a factor that follows the measured penalty ratio ρ: in each step, factor ← factor · (target/ρ)^rate.
+
+    For one batch and ε, ρ is proportional to γ, so rate = 1 would correct at once and follow the noise of each batch;
+    the default averages, geometrically, over about ten steps. One step changes the factor by at most two.
+
+    Example:
+        >>> gamma = Calibrated(0.1, target=0.3)
+        >>> for _ in range(100):
+        ...     gamma.update(ratio=20 * gamma(0), step=0)  # a problem in which ρ = 20 γ
+        >>> round(20 * gamma(0), 3)
+        0.3
+    """
+
+    value: float
+    target: float
+    ramp: Schedule = 1.0  # of γ, and of the target with it
+    factor: float = 1.0
+    rate: float = 0.1
+
+    def __call__(self, step: int) -> float:
+        return self.factor * self.value * value_at(self.ramp, step)
+
+    def update(self, ratio: float, step: int) -> None:
+        """Take up the ratio that was measured at a step; one of a skipped step (0, or not finite) says nothing."""
+        wanted = self.target * value_at(self.ramp, step)
+        if math.isfinite(ratio) and ratio > 0 and wanted > 0:
+            self.factor *= min(2.0, max(0.5, (wanted / ratio) ** self.rate))
+
+
+def make_regularizer(model: Any, args: Any, default_exclude: Sequence[str]) -> GradientRegularizer:
+    """The regularizer that the arguments describe."""
+    steps, target = args.gamma_warmup_steps, args.target_penalty_ratio
+    gamma: Schedule = warmup(args.gamma, steps) if steps else args.gamma
+    if target is not None:
+        gamma = Calibrated(args.gamma, target, ramp=warmup(1.0, steps) if steps else 1.0)
+    return GradientRegularizer(
+        model,
+        gamma,
+        args.displacement_epsilon,
+        scheme=args.scheme,
+        ascent=args.ascent,
+        include=args.include,
+        exclude=default_exclude if args.exclude is None else args.exclude,
+        cap=args.penalty_cap,
+    )
+
+
+def check_host(trainer: Any) -> None:
+    """Refuse the settings under which the two passes would differ, or under which there is no gradient to replace.
+
+    Raises:
+        TypeError: arguments without the fields above.
+        ValueError: a setting that is not supported.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    if not issubclass(type(args), CommonArguments):
+        raise TypeError(
+            f"args must have gamma, epsilon and the other fields of RegularizationArguments, got "
+            f"{type(args).__name__}: pass RegularizedTrainingArguments or RegularizedGRPOConfig, or inherit from both."
+        )
+    version = getattr(getattr(accelerator.state, "fsdp_plugin", None), "fsdp_version", None)
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    refused = {
+        "deepspeed": (
+            trainer.is_deepspeed_enabled,
+            "its engine owns weights and gradients; use DistributedDataParallel or FSDP2",
+        ),
+        "fsdp_config": (
+            trainer.is_fsdp_enabled and version != 2,
+            'FSDP1 flattens parameters; set {"version": 2}',
+        ),
+        "parallelism_config": (
+            getattr(args, "parallelism_config", None) is not None,
+            "tensor, context and sequence parallelism are not tested; use data parallelism",
+        ),
+        "n_gpu": (
+            args.n_gpu > 1,
+            "nn.DataParallel draws dropout masks on devices that are not replayed; launch with torchrun, or make one "
+            "GPU visible",
+        ),
+        "optim": (
+            "lomo" in optimizer or optimizer.endswith("layerwise"),
+            f"{optimizer} moves the weights inside the first backward pass; use one that steps after it",
+        ),
+    }
+    for setting, (is_set, reason) in refused.items():
+        if is_set:
+            raise ValueError(f"{setting} is not supported by {type(trainer).__name__}: {reason}.")

@@ -1,0 +1,151 @@
+"""TRL: `GRPOTrainer` becomes `RegularizedGRPOTrainer`, `GRPOConfig` becomes `RegularizedGRPOConfig`.
+
+    args = RegularizedGRPOConfig("out", gamma=1e-3, gr_epsilon=1e-2, penalty_cap=5.0, ...)
+    RegularizedGRPOTrainer(model, reward_funcs=reward, args=args, train_dataset=prompts).train()
+
+In language-model post-training the penalty takes the place of the KL term (`beta=0`) as a guard against reward hacking
+(Ackermann, arXiv 2602.18037). For the other trainers of TRL, see `GradientRegularizationMixin`. Tested with TRL 1.16
+and transformers 5.23; see docs/hosts.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
+except ImportError as error:
+    raise ImportError("gradreg.integrations.trl needs trl: pip install 'gradreg[trl]'") from error
+
+from gradreg.integrations._arguments import CommonArguments, RegularizationArguments
+from gradreg.integrations._trainer import GradientRegularizationMixin, MicroBatch
+
+__all__ = [
+    "GradientRegularizationMixin",
+    "RegularizationArguments",
+    "RegularizedGRPOConfig",
+    "RegularizedGRPOTrainer",
+    "TRLRegularizationArguments",
+    "embeddings_and_head",
+]
+
+
+@dataclass
+class TRLRegularizationArguments(CommonArguments):
+    """`RegularizationArguments` for a config whose `epsilon` is a clipping range (GRPO, RLOO): ours is `gr_epsilon`.
+
+    Raises:
+        ValueError: no `gr_epsilon`.
+    """
+
+    gr_epsilon: float | None = field(default=None, metadata={"help": "Step length ε > 0 along the ascent. Required."})
+
+    @property
+    def displacement_epsilon(self) -> float:
+        assert self.gr_epsilon is not None
+        return self.gr_epsilon
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gr_epsilon is None:
+            raise ValueError(
+                "gr_epsilon must be given: it is the step length ε of the displacement. `epsilon` here is the "
+                "clipping range of the policy ratio, and stays so."
+            )
+
+
+@dataclass
+class RegularizedGRPOConfig(TRLRegularizationArguments, GRPOConfig):
+    """`GRPOConfig` with gamma, gr_epsilon, scheme, ascent, include, exclude, gamma_warmup_steps, penalty_cap and
+    target_penalty_ratio.
+
+    γ has a scale: the same number is a ratio ‖ĝ − g1‖/‖g1‖ of 0.01 in one run and of 28 in another. Watch
+    `penalty_ratio` in the logs, or give `target_penalty_ratio` (about 0.3), which multiplies γ by
+    (target/ratio)^0.1 after each step, and saves that factor. It reads the ratio back in every step, which waits for an
+    accelerator and measures in every step. `penalty_cap` bounds the ratio of every step; do not clip g1 for that.
+    """
+
+
+def embeddings_and_head(model: nn.Module) -> list[str]:
+    """Patterns for the parameters of every embedding and of the output head, also inside adapters.
+
+    Example:
+        >>> embeddings_and_head(nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2)))
+        ['0.*']
+    """
+    getters = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
+    found = [getter() for getter in getters if getter is not None]
+    return [
+        f"{name}.*"
+        for name, module in model.named_modules()
+        if name and (isinstance(module, nn.Embedding) or any(module is m for m in found))
+    ]
+
+
+class RegularizedGRPOTrainer(GradientRegularizationMixin, GRPOTrainer):
+    r"""`trl.GRPOTrainer` that minimizes $L + \frac\gamma2 \|\nabla L\|^2$ on the rollouts of each window.
+
+    The second pass sees the same generations, rewards and advantages: nothing is generated twice. What the loss takes
+    from the weights as if it were data is that of θ: the old log-probabilities, where TRL leaves them to be those of
+    the present weights (else the policy ratio would be 1 at every point), and the mask of high-entropy tokens.
+    Embeddings and output head keep g1 unless `exclude` says otherwise. A batch whose advantages are all zero has no
+    gradient: it is counted in `skipped_steps` and leaves the weights as they are.
+
+    Raises:
+        ValueError: an adaptive entropy coefficient, which changes between the passes; and as
+            `GradientRegularizationMixin`.
+        RuntimeError: a version of TRL whose log-probabilities cannot be pinned.
+
+    References:
+        Ackermann et al., [arXiv 2602.18037](https://arxiv.org/abs/2602.18037), 2026.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._log_probabilities: list[Tensor] = []
+        self._masks: list[Tensor] = []
+        super().__init__(*args, **kwargs)
+        if getattr(self, "use_adaptive_entropy", False):
+            raise ValueError(
+                "use_adaptive_entropy is not supported: the coefficient changes at the end of the first pass, and the "
+                "second would see another loss. Use a fixed entropy_coef."
+            )
+
+    def default_exclude(self, model: nn.Module) -> Sequence[str]:
+        return embeddings_and_head(getattr(model, "module", model))
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        self._log_probabilities.clear()
+        self._masks.clear()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    # No public method hands the log-probabilities out. Those of generation are made without a graph.
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._is_recording and torch.is_grad_enabled():
+            self._log_probabilities.append(found[0].detach())
+        return found
+
+    def get_high_entropy_mask(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._replayed is not None:
+            return self._replayed.inputs["gradreg_entropy_mask"]
+        mask = super().get_high_entropy_mask(*args, **kwargs)
+        if self._is_recording:
+            self._masks.append(mask)
+        return mask
+
+    def pin(self, micro_batch: MicroBatch) -> None:
+        if self._masks:
+            micro_batch.inputs["gradreg_entropy_mask"] = self._masks[-1]
+        if micro_batch.inputs.get("old_per_token_logps") is not None:
+            return
+        if len(self._log_probabilities) != 1:
+            raise RuntimeError(
+                "compute_loss of GRPOTrainer did not ask for the log-probabilities once, as TRL 1.16 does, so those of "
+                "the first pass cannot be pinned: install a version of TRL that is supported."
+            )
+        micro_batch.inputs["old_per_token_logps"] = self._log_probabilities[0]
