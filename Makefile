@@ -41,7 +41,7 @@ $(VENV)/lab: $(VENV)/torch pyproject.toml
 	touch $@
 
 $(VENV)/dev: $(VENV)/lab
-	$(PIP) -e '.[lab,hub,tensorboard,docs,dev]'
+	$(PIP) -e '.[lab,hub,tensorboard,lightning,transformers,trl,docs,dev]' peft
 	touch $@
 
 clean:
