@@ -5,7 +5,7 @@ export NO_MKDOCS_2_WARNING := 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench bench-ranks clean
 
 demo: $(VENV)/lab
 	$(BIN)/gradreg demo $(ARGS)
@@ -29,6 +29,10 @@ docs: $(VENV)/dev
 bench: $(VENV)/dev
 	$(PIP) pytorch_optimizer
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+# The same on two processes, DDP and FSDP2.
+bench-ranks: $(VENV)/dev
+	$(BIN)/python benchmarks/ranks.py $(ARGS)
 
 # torch first and pinned: a range would bring the CUDA build and several gigabytes.
 $(VENV)/torch: constraints.txt

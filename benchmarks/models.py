@@ -15,10 +15,14 @@ from gradreg.lab.models.vision import resnet
 
 @dataclass(frozen=True)
 class Problem:
-    """A model and the loss of its one batch; calling `loss()` runs a forward pass."""
+    """A model and the loss of its one batch."""
 
     model: nn.Module
-    loss: Callable[[], Tensor]
+    loss_of: Callable[[nn.Module], Tensor]
+
+    def loss(self) -> Tensor:
+        """Runs a forward pass."""
+        return self.loss_of(self.model)
 
 
 def mlp(device: torch.device, depth: int = 10, width: int = 512, batch: int = 128) -> Problem:
@@ -28,7 +32,7 @@ def mlp(device: torch.device, depth: int = 10, width: int = 512, batch: int = 12
         layers += [nn.Linear(width, width), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Linear(width, 10)).to(device)
     x, y = torch.randn(batch, width, device=device), torch.randint(10, (batch,), device=device)
-    return Problem(model, lambda: F.cross_entropy(model(x), y))
+    return Problem(model, lambda model: F.cross_entropy(model(x), y))
 
 
 def resnet18(device: torch.device, width: int = 32, batch: int = 64) -> Problem:
@@ -36,14 +40,14 @@ def resnet18(device: torch.device, width: int = 32, batch: int = 64) -> Problem:
     model = resnet(3, 10, width=width).to(device)
     x = torch.randn(batch, 3, 32, 32, device=device)
     y = torch.randint(10, (batch,), device=device)
-    return Problem(model, lambda: F.cross_entropy(model(x), y))
+    return Problem(model, lambda model: F.cross_entropy(model(x), y))
 
 
 def gpt(device: torch.device, depth: int = 4, width: int = 256, batch: int = 16) -> Problem:
     """A character-sized GPT on random tokens: vocabulary 256, 64 positions, 4 heads."""
     model = GPT(vocab=256, width=width, depth=depth, length=64).to(device)
     ids = torch.randint(256, (batch, 65), device=device)
-    return Problem(model, lambda: F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()))
+    return Problem(model, lambda model: F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()))
 
 
 PROBLEMS = {"MLP-10": mlp, "ResNet-18": resnet18, "GPT": gpt}
