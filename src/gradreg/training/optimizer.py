@@ -12,9 +12,14 @@ from typing import Any
 
 import torch
 
+from gradreg.training.hosts import check_closure_of_host
 from gradreg.training.regularizer import GradientRegularizer
 
 _SCALER_MODULES = ("torch.amp.grad_scaler", "torch.cuda.amp.grad_scaler")
+_OF_SCALERS = (
+    " A framework with a GradScaler (precision 16-mixed, fp16) runs the closure by itself, once: use "
+    "gradreg.integrations.lightning.GradientRegularization, or regularizer.backward(loss_fn, backward=...)."
+)
 
 
 class RegularizedOptimizer(torch.optim.Optimizer):
@@ -78,7 +83,8 @@ class RegularizedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: neither a closure nor regularized gradients; a call by a gradient scaler with a closure; a
-                closure that does not call backward, or adds to existing gradients.
+                closure that does not call backward, or adds to existing gradients; a closure of Lightning that clips
+                gradients or holds a part of an accumulation window, or one through accelerate that does.
         """
         if closure is None:
             self._check_regularized()
@@ -90,6 +96,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
                 "regularizer.backward(loss_fn, backward=lambda loss: scaler.scale(loss).backward()), then "
                 "scaler.step(optimizer)."
             )
+        check_closure_of_host(closure)
         owned = [p for group in self.param_groups for p in group["params"]]
         loss = self.regularizer.run_closure(closure, owned)
         self._steps_taken = self.regularizer.step
@@ -105,6 +112,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
                 "step() needs a closure, or gradients that were regularized since the last step: call step(closure) "
                 "with a closure that runs zero_grad, forward and backward, or regularizer.backward(loss_fn) before "
                 "step(). For a step without the penalty use optimizer.base.step()."
+                + (_OF_SCALERS if _called_by_scaler(3) else "")
             )
 
     # Everything else is the base's.
@@ -182,9 +190,9 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         return f"RegularizedOptimizer(\n{self.base!r},\n{self.regularizer!r})"
 
 
-def _called_by_scaler() -> bool:
+def _called_by_scaler(depth: int = 2) -> bool:
     """Whether an enabled GradScaler stands above us: `scaler.step(optimizer, closure)` leaves no other trace."""
-    frame = sys._getframe(2)
+    frame = sys._getframe(depth)
     for _ in range(8):  # scaler.step, its helper, and wrappers of schedulers and profilers
         if frame is None:
             return False

@@ -65,20 +65,29 @@ class Ranks:
             return
         self._have_agreed = True
         for group in self._groups():
-            everyone: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(everyone, dict(configuration()), group=group)
-            for field, value in everyone[0].items():
-                for rank, theirs in enumerate(everyone):
-                    if theirs[field] != value:
-                        raise ValueError(
-                            f"ranks must agree on {field}, got {value} on rank 0 and {theirs[field]} on rank {rank}: "
-                            "build the regularizer with the same arguments in every process."
-                        )
+            compare(configuration(), group)
 
     def _groups(self) -> list[Any]:
         if self._replicas is not None:
             return [self._replicas.process_group]
         return [group for mesh in self._meshes for group in mesh.get_all_groups()]
+
+
+def compare(configuration: Mapping[str, str], group: Any = None) -> None:
+    """Hold a configuration against those of the other ranks of a process group.
+
+    Raises:
+        ValueError: on every rank, naming the first field that differs and its values.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, dict(configuration), group=group)
+    for field, value in everyone[0].items():
+        for rank, theirs in enumerate(everyone):
+            if theirs[field] != value:
+                raise ValueError(
+                    f"ranks must agree on {field}, got {value} on rank 0 and {theirs[field]} on rank {rank}: "
+                    "build the regularizer with the same arguments in every process."
+                )
 
 
 @contextmanager

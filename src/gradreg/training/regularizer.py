@@ -26,6 +26,7 @@ from gradreg.training.combination import give_gradients, take_gradients
 from gradreg.training.diagnostics import Diagnostics, Realized
 from gradreg.training.displacement import Displacement
 from gradreg.training.double_backward import ExactPenalty, check_supported
+from gradreg.training.hosts import loss_division
 from gradreg.training.ranks import SYNCS, Ranks
 from gradreg.training.recorder import Recorder
 from gradreg.training.replay import Moment
@@ -207,7 +208,7 @@ class GradientRegularizer:
             losses = self._for_each(calls, lambda call: differentiate(call, backward, factors, self._check_first_loss))
         self._is_first_call = False
         if factors and not isinstance(grad_scale, Tensor) and grad_scale == 1:
-            grad_scale = factors[0].clamp(min=1)
+            grad_scale = (factors[0] * loss_division(backward)).clamp(min=1)
         if self._method.scheme.is_exact:
             first = [p.grad for p in self.selection.parameters]
             with without_trace(self._anatomy, self.selection.all):
