@@ -46,6 +46,7 @@ $(VENV)/lab: $(VENV)/torch pyproject.toml
 
 $(VENV)/dev: $(VENV)/lab
 	$(PIP) -e '.[lab,hub,tensorboard,lightning,transformers,trl,docs,dev]' peft
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed  # builds against the torch that is there
 	touch $@
 
 clean:
