@@ -145,6 +145,10 @@ def checked(spec: Field[Any], value: Any) -> Any:
     return _checked_number(spec, value)
 
 
+def _plain(limit: float) -> str:
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
+
+
 def _checked_number(spec: Field[Any], value: Any) -> Any:
     kind, low, high = (spec.metadata[key] for key in ("type", "low", "high"))
     try:
@@ -155,6 +159,6 @@ def _checked_number(spec: Field[Any], value: Any) -> Any:
         number = None
     if number is None or not low <= number <= high or (spec.metadata.get("above") and number == low):
         what = "a whole number" if kind is int else "a number"
-        span = f"above {low:g} and at most {high:g}" if spec.metadata.get("above") else f"from {low:g} to {high:g}"
+        span = f"above {low} and at most {high:g}" if spec.metadata.get("above") else f"from {low} to {_plain(high)}"
         raise BadInput(f"{spec.name} must be {what} {span}, got {str(value)!a}.")
     return number

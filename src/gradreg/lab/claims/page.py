@@ -39,14 +39,18 @@ def notes(results: Row) -> list[str]:
     quick = (
         ["Quick: smaller settings and few seeds; run `gradreg claims` for all of it."] if results["is_quick"] else []
     )
+    number = results["num_intervals"]
+    chance = [
+        f"No correction for multiplicity: of {number} intervals one in twenty would be expected to miss by chance "
+        f"alone. Under Holm's correction over all of them there stand: {stand}."
+    ]
     return [
         *quick,
         f"Number: mean over {len(seeds)} seeds, {seeds[0]} to {seeds[-1]}, with its 95 % interval (Student's t), "
         "oriented so that larger is what the paper says. Of an identity it is the largest error of all seeds.",
         f"Verdict: `{HOLDS}`, the interval lies on the claimed side of its reference (0, or 1 for a ratio, or as the "
         f"claim states); `{FAILS}`, it lies on the other side; `{UNDECIDED}`, it contains it.",
-        f"No correction for multiplicity: of {results['num_intervals']} intervals one in twenty would be expected to "
-        f"miss by chance alone. Under Holm's correction over all of them there stand: {stand}.",
+        *(chance if number else []),
     ]
 
 

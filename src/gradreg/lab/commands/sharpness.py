@@ -28,7 +28,7 @@ def sharpness(
     /,
     *,
     part: Annotated[str, Parameter(name="--part", converter=_part, help="train, validation or test rows.")] = "train",
-    probes: Annotated[int, whole("--probes", 0, 10**6, "Of Hutchinson's trace; 0 leaves it out")] = 32,
+    probes: Annotated[int, whole("--probes", 0, 10**6, "Of Hutchinson's trace, at least 2; 0 leaves it out")] = 32,
     eigenvalues: Annotated[int, whole("--eigenvalues", 0, 1000, "How many; 0 leaves them out")] = 5,
     rows: Annotated[int | None, whole("--rows", 1, 10**9, "The first so many of the part; by default all")] = None,
     seed: Annotated[int, whole("--seed", 0, LAST_SEED, "Of the probes and the first vector")] = 0,

@@ -72,16 +72,9 @@ def train(
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
+    from gradreg.lab.yaml_file import read_yaml
 
-    shown = ascii(str(path))
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not text in UTF-8"
-        raise BadInput(f"--config must be a YAML file, got {shown}: {reason}.") from error
-    except yaml.YAMLError as error:
-        raise BadInput(f"--config must be a YAML file, got {shown}: {' '.join(str(error).split())}.") from error
+    values, shown = read_yaml("--config", path), ascii(str(path))
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -19,6 +19,7 @@ from gradreg.lab.folder import BadInput
 from gradreg.lab.methods import METHODS
 from gradreg.lab.runs import Job, Result
 from gradreg.lab.sweep.search import Range, range_from
+from gradreg.lab.yaml_file import read_yaml
 
 AXES = (*SETTINGS, "ascent", "warmup", "learning_rate", "weight_decay", "momentum", "batch_size")
 """The fields that a sweep may vary, besides the method."""
@@ -106,16 +107,7 @@ def read_sweep(path: Path, changes: Mapping[str, Any], seeds: int | None = None,
     Raises:
         BadInput: the file cannot be read, has an unknown key, a value outside of its range, or nothing to run.
     """
-    import yaml
-
-    shown = ascii(str(path))
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise BadInput(f"CONFIG must be a YAML file that can be read, got {shown}: {reason}.") from error
-    except yaml.YAMLError as error:
-        raise BadInput(f"CONFIG must be YAML, got {shown}: {' '.join(str(error).split())}.") from error
+    content, shown = read_yaml("CONFIG", path), ascii(str(path))
     if not isinstance(content, Mapping):
         raise BadInput(f"CONFIG must be a mapping with base, grid or search, and seeds, got {shown}.")
     base = content.get("base") or {}

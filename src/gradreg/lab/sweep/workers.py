@@ -123,8 +123,9 @@ def work_together(worker: Worker, schedule: Schedule) -> None:
         pipes = [spawn.Pipe(duplex=False) for _ in range(worker.count)]
         processes = [spawn.Process(target=_process, args=(worker, end)) for _, end in pipes]
         try:
-            for process in processes:
-                process.start()
+            with _interrupts_held():
+                for process in processes:
+                    process.start()
             for _, end in pipes:
                 end.close()
             with Study(worker.place) as study:
@@ -142,8 +143,17 @@ def _is_finished(place: Place, schedule: Schedule) -> bool:
         return schedule.status(study.board()).is_finished
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Processes that start here never see Ctrl-C: it reaches the parent, which sends SIGTERM."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _process(worker: Worker, words: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which sends SIGTERM
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with _terminated_as_interrupted():

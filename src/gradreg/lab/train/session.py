@@ -115,6 +115,11 @@ def resume(
         torch.set_num_threads(plan.threads)
     with seeded(plan.config.seed), _held(folder, group), _telling_what_is_kept(folder):
         trainer = Trainer(plan.config, processes=group, follows_penalty=True)
+        if not checkpoint.all_in(folder / "checkpoints"):
+            raise BadInput(
+                f"--resume: nothing was saved in {_shown(folder)} before the run ended; start it again in a new folder "
+                f"with: {command(plan)}."
+            )
         place = checkpoint.last_good(folder / "checkpoints", say)
         group.check_agreement("the checkpoint", place.name)
         run = _Run(plan, folder, trainer)
