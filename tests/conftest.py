@@ -1,10 +1,15 @@
 """Seeds and fixtures of all tests."""
 
+import signal
+
 import pytest
 import torch
 from problems import PROBLEMS, Trial
 
 from gradreg import _vectors
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs so, and tests send Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -164,6 +164,41 @@ def _local_by_hand(x: torch.Tensor, y: torch.Tensor, gamma: float, epsilon: floa
     return combined
 
 
+# Low precision.
+
+
+def mixed(rank: int, gamma: float) -> dict[str, Any]:
+    """ĝ with FSDP2 that computes in bfloat16, by the engine and by hand on the same shards."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    x, y = make_data()
+    x, y = x[rank::2].float(), y[rank::2]
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = fully_shard(make_model().float(), mp_policy=policy)
+    parameters = list(model.parameters())
+
+    def gradients() -> list[Any]:
+        model.zero_grad()
+        F.cross_entropy(model(x).float(), y).backward()
+        return [p.grad for p in parameters]
+
+    first = gradients()
+    before = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for p, g in zip(parameters, first):
+            p += EPSILON * g
+    second = gradients()
+    with torch.no_grad():
+        for p, old in zip(parameters, before):
+            p.copy_(old)
+    model.zero_grad()
+    gradreg.GradientRegularizer(model, gamma, EPSILON).backward(lambda: F.cross_entropy(model(x).float(), y))
+    return {
+        "engine": [_local(p.grad).clone() for p in parameters],
+        "by hand": [_local(g1 + gamma / EPSILON * (g2 - g1)) for g1, g2 in zip(first, second)],
+    }
+
+
 # Faults.
 
 

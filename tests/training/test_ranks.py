@@ -56,6 +56,14 @@ def test_a_local_ascent_averages_once(k):
         assert result["averaged"] == result["buckets"], "as in plain training: each bucket once"
 
 
+@pytest.mark.parametrize("k", [0, 1], ids=["γ < ε", "γ = ε"])
+def test_fsdp_in_bfloat16_differs_in_float32(k):
+    for of_rank in played(ranks.mixed, ((0.05,), (0.1,))):
+        for ours, by_hand in zip(of_rank[k]["engine"], of_rank[k]["by hand"]):
+            assert ours.dtype == torch.float32
+            torch.testing.assert_close(ours, by_hand, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("k", range(len(FAULTS)), ids=[str(case) for case in FAULTS])
 def test_a_nan_on_one_rank_is_seen_on_all(k):
     for of_rank in played(ranks.faulty, tuple(FAULTS)):
