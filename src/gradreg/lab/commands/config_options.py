@@ -52,4 +52,5 @@ def _option(spec: Field[Any]) -> Any:
     default = "" if spec.default is None else f" [{spec.default}]"
     meaning = f"{about['about']}{allowed}{default}"
     parameter = Parameter(name=flag(spec.name), converter=convert, help=meaning, allow_leading_hyphen=True)
-    return Annotated[str | None, parameter]
+    kind = about.get("type", str)  # of what `convert` returns: with pydantic installed, cyclopts checks it
+    return Annotated[kind | None, parameter]
