@@ -36,6 +36,11 @@ def _run(rank: int, folder: str, work: Callable[..., Any], args: Sequence[Any]) 
     os._exit(0)  # threads of gloo may outlive Python's end, and abort it
 
 
+def halved(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], grad_scale: Any = 1.0) -> tuple[Any, Any]:
+    """An ascent of the user's own, whose `repr` differs between processes."""
+    return grads, 0.5 / grad_scale
+
+
 def make_model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)).double()
@@ -226,11 +231,13 @@ def disagree(rank: int, kind: str) -> str:
     x, y = make_data()
     model = wrapped(kind)
     regularizer = gradreg.GradientRegularizer(model, 0.1 + rank, EPSILON)
-    try:
-        regularizer.backward(lambda: F.cross_entropy(model(x), y))
-    except ValueError as error:
-        return str(error)
-    return "no error"
+    told = []
+    for _ in range(2):  # and they stay refused
+        try:
+            regularizer.backward(lambda: F.cross_entropy(model(x), y))
+        except ValueError as error:
+            told.append(str(error))
+    return "\n".join(told)
 
 
 # Checkpoints.

@@ -14,7 +14,8 @@ beside g1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -87,6 +88,20 @@ def take_gradients(parameters: Sequence[Tensor]) -> list[Tensor | None]:
     for p in parameters:
         p.grad = None
     return taken
+
+
+@contextmanager
+def keeping_views(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """A gradient that was a view into something larger (a flat buffer) is that view again, and holds what it is now."""
+    views = [(p, p.grad) for p in parameters if p.grad is not None and not _owns_storage(p.grad)]
+    try:
+        yield
+    finally:
+        for p, view in views:
+            if p.grad is not None and p.grad.layout is torch.strided:
+                with torch.no_grad():
+                    view.copy_(p.grad)
+                p.grad = view
 
 
 def _owns_storage(g: Tensor) -> bool:

@@ -63,9 +63,9 @@ class Ranks:
         """
         if self._have_agreed:
             return
-        self._have_agreed = True
         for group in self._groups():
             compare(configuration(), group)
+        self._have_agreed = True
 
     def _groups(self) -> list[Any]:
         if self._replicas is not None:

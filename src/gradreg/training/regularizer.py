@@ -22,7 +22,7 @@ from gradreg.functional.ascents import Ascent, resolve_ascent
 from gradreg.functional.schemes import Scheme, resolve_scheme
 from gradreg.training.anatomy import Anatomy
 from gradreg.training.calls import Backward, differentiate, run_closure, warn_of_strangers
-from gradreg.training.combination import give_gradients, take_gradients
+from gradreg.training.combination import give_gradients, keeping_views, take_gradients
 from gradreg.training.diagnostics import Diagnostics, Realized
 from gradreg.training.displacement import Displacement
 from gradreg.training.double_backward import ExactPenalty, check_supported
@@ -341,13 +341,14 @@ class GradientRegularizer:
                 'scheme="exact" needs the loss before its backward pass, which a closure does not hand out: use '
                 'backward(loss_fn) with scheme="exact", or a closure with "forward", "backward" or "central".'
             )
-        with self._door():
+        known = set(self.selection.all)
+        owned = self.selection.all if owned is None else owned
+        others = [p for p in owned if p not in known]
+        with self._door(others):
             strength = strength_at(self.gamma, self.epsilon, self.step)
             if strength is None:
                 with torch.enable_grad():
                     return closure()
-            known = set(self.selection.all)
-            owned = self.selection.all if owned is None else owned
             with self._all_or_nothing() as before, torch.enable_grad():
                 with self._recorder.first_pass(), self._ranks.first_pass():
                     loss = run_closure(closure, owned, self.selection.parameters)
@@ -356,15 +357,14 @@ class GradientRegularizer:
                     before.restore()
                     closure()
 
-                others = [p for p in owned if p not in known]
                 self._second_pass(replay, strength, 1.0, self._recorder.num_forwards, others)
             return loss
 
     # What the doors share.
 
     @contextmanager
-    def _door(self) -> Iterator[None]:
-        """One step: refuses to be entered twice; counts when it closes well."""
+    def _door(self, others: Sequence[Tensor] = ()) -> Iterator[None]:
+        """One step: refuses to be entered twice; counts when it closes well. `others`: parameters outside the model."""
         if self._is_open:
             raise RuntimeError("a second pass of this regularizer is open: doors do not nest.")
         if self._anatomy.follow():
@@ -372,7 +372,8 @@ class GradientRegularizer:
         self._is_open = True
         try:
             self._ranks.agree(self._configuration)
-            yield
+            with keeping_views([*self.selection.all, *others]):
+                yield
             self.step += 1
         finally:
             self._recorder.forget()
@@ -385,7 +386,7 @@ class GradientRegularizer:
             "gamma": name_of(self.gamma),
             "epsilon": name_of(self.epsilon),
             "scheme": method.scheme.name,
-            "ascent": repr(method.ascent),
+            "ascent": name_of(method.ascent),
             "cap": str(method.cap),
             "nonfinite": "first" if method.fall_back else "keep",
             "ascent_sync": self._ascent_sync,

@@ -107,10 +107,10 @@ def check(name: str, schedule: Schedule) -> None:
         _check_value(name, schedule, "")
 
 
-def name_of(schedule: Schedule) -> str:
-    """What a schedule is, the same in every process."""
-    is_function = callable(schedule) and " at 0x" in repr(schedule)
-    return getattr(schedule, "__qualname__", type(schedule).__name__) if is_function else repr(schedule)
+def name_of(choice: object) -> str:
+    """What a schedule or an ascent is, in words that do not depend on where this process put it."""
+    has_address = " at 0x" in repr(choice)
+    return getattr(choice, "__qualname__", type(choice).__name__) if has_address else repr(choice)
 
 
 _WAYS_OUT = {
