@@ -19,7 +19,7 @@ from torch import nn
 
 from gradreg import curvature
 from gradreg.lab import objective
-from gradreg.lab.about import machine, versions
+from gradreg.lab.about import provenance
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import load
 from gradreg.lab.data.parts import Part
@@ -124,11 +124,8 @@ def run_sharpness(plan: Plan, out: Path | None, say: Callable[[str], None]) -> R
 
     results: Row = {
         "name": trained.place.name,
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": plan.command,
-        "machine": machine(),
+        **provenance(plan.command),
         "device": str(next(model.parameters()).device),
-        "versions": versions(),
         "checkpoint": str(trained.place),
         "config": asdict(trained.config),
         "part": plan.part,

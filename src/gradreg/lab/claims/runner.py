@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gradreg.lab.about import machine, versions
+from gradreg.lab.about import provenance
 from gradreg.lab.claims import CLAIMS
 from gradreg.lab.claims.claim import UNDECIDED, Above, Claim, Found, Measured, Plan, Row, Subclaim, holm
 from gradreg.lab.claims.page import figures_of, markdown, print_table
@@ -23,12 +23,9 @@ def run_claims(plan: Plan, folder: Path, page: Path | None = None) -> Row:
     started = time.perf_counter()
     about = {
         "name": folder.name,
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": plan.command,
+        **provenance(plan.command, plan.workers),
         "is_quick": plan.is_quick,
         "seeds": list(plan.seeds),
-        "machine": machine(plan.workers),
-        "versions": versions(),
     }
     write_json(folder / "config.json", about)
     claims = []

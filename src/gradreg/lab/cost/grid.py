@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gradreg.lab.about import machine, versions
+from gradreg.lab.about import provenance
 from gradreg.lab.batched.speed import ALL_THREADS, BATCHED, EACH_CORE, GridSpeed
 from gradreg.lab.cost.report import console
 from gradreg.lab.folder import write_json
@@ -62,12 +62,9 @@ def run_grid(plan: GridPlan, folder: Path, measure: Measure | None = None) -> Ro
     torch.set_num_threads(plan.threads)
     about = {
         "name": folder.name,
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": plan.command,
+        **provenance(plan.command),
         "is_quick": plan.is_quick,
-        "machine": machine(),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "versions": versions(),
         "rounds": plan.num_rounds,
     }
     write_json(folder / "config.json", about)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from gradreg.lab.about import machine, versions
+from gradreg.lab.about import provenance
 from gradreg.lab.config import RunConfig
 from gradreg.lab.cost import steps as costs
 from gradreg.lab.data.parts import Part, Split
@@ -143,15 +143,12 @@ def run_cost(plan: Plan, folder: Path) -> Row:
     torch.set_num_threads(plan.threads)
     about = {
         "name": folder.name,
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": plan.command,
+        **provenance(plan.command),
         "is_quick": plan.is_quick,
         "seed": plan.seed,
-        "machine": machine(),
         "device": torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else "cpu",
         "clock": "processor time" if costs.is_processor_time(plan.device, plan.threads) else "wall-clock time",
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "versions": versions(),
     }
     write_json(folder / "config.json", about)
     cases = plan.cases

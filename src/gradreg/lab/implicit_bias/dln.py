@@ -13,7 +13,6 @@ if it shrank them alike.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,9 +22,10 @@ from typing import Any
 import torch
 
 from gradreg.lab import stats
-from gradreg.lab.demo.tune import versions
+from gradreg.lab.about import provenance
 from gradreg.lab.folder import write_json, write_text
 from gradreg.lab.implicit_bias.large_steps import descend
+from gradreg.lab.implicit_bias.plan import SeededPlan
 from gradreg.lab.jobs import run_jobs
 from gradreg.theory import SparseRegression, flow, flows, minimize_potential, sparse_regression
 
@@ -93,21 +93,10 @@ MAP_STRENGTH = 0.5  # γ λ_max(H) at the start
 MAP_SHAPE = (20, 40, 3)
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(SeededPlan):
     """What `gradreg dln` runs."""
 
-    seeds: tuple[int, ...]
-    """At least two; a seed draws the data."""
-    is_quick: bool = False
-    """A coarse map and fewer finite steps."""
-    workers: int = 2
-    """Threads, one problem each."""
-
-    @property
-    def command(self) -> str:
-        quick = " --quick" if self.is_quick else ""
-        return f"gradreg dln{quick} --seed {self.seeds[0]} --seeds {len(self.seeds)}"
+    name = "dln"
 
 
 def run_dln(plan: Plan, folder: Path) -> Row:
@@ -126,12 +115,9 @@ def run_dln(plan: Plan, folder: Path) -> Row:
     found = run_jobs(jobs, plan.workers, "diagonal networks")
     results: Row = {
         "name": folder.name,
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": plan.command,
+        **provenance(plan.command, threads=plan.workers),
         "is_quick": plan.is_quick,
         "seeds": list(plan.seeds),
-        "machine": f"{os.cpu_count()} CPU cores, {plan.workers} threads",
-        "versions": versions(),
         "agreement": found["agreement",],
         "speed": found["speed",],
         "settings": [summarize(s, [found["sweep", s, seed] for seed in plan.seeds]) for s in SETTINGS],

@@ -19,7 +19,6 @@ count; pairs are counted from the first ascent's predecessor on.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -38,11 +37,12 @@ from torch.func import functional_call, grad
 from gradreg import Flooding, GradientRegularizer
 from gradreg.functional import penalty_gradient
 from gradreg.lab import stats
+from gradreg.lab.about import provenance
 from gradreg.lab.data import Part, Split, load
 from gradreg.lab.demo.tasks import TASKS
-from gradreg.lab.demo.tune import versions
 from gradreg.lab.folder import write_json, write_text
 from gradreg.lab.implicit_bias.dln_report import STYLE, console, ranged, table_of
+from gradreg.lab.implicit_bias.plan import SeededPlan
 from gradreg.lab.jobs import run_jobs
 from gradreg.lab.models import build
 from gradreg.lab.plots import COLORS, svg
@@ -77,20 +77,10 @@ MODES = (
 TASK = TASKS["mnist1d, MLP, 25% random labels"]
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(SeededPlan):
     """What `gradreg flooding` runs."""
 
-    seeds: tuple[int, ...]
-    is_quick: bool = False
-    """A third of the steps."""
-    workers: int = 2
-    """Threads, one run each."""
-
-    @property
-    def command(self) -> str:
-        quick = " --quick" if self.is_quick else ""
-        return f"gradreg flooding{quick} --seed {self.seeds[0]} --seeds {len(self.seeds)}"
+    name = "flooding"
 
 
 def run_flooding(plan: Plan, folder: Path) -> Row:
@@ -103,13 +93,10 @@ def run_flooding(plan: Plan, folder: Path) -> Row:
     found = run_jobs(jobs, plan.workers, "flooding")
     results: Row = {
         "name": folder.name,
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": plan.command,
+        **provenance(plan.command, threads=plan.workers),
         "is_quick": plan.is_quick,
         "seeds": list(plan.seeds),
         "task": TASK.task,
-        "machine": f"{os.cpu_count()} CPU cores, {plan.workers} threads",
-        "versions": versions(),
         "identity": identity(plan.seeds[0]),
         "modes": [summarize(mode, [found[mode, seed] for seed in plan.seeds]) for mode in modes],
         "seconds": round(time.perf_counter() - started, 1),
