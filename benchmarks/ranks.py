@@ -9,6 +9,7 @@ step of the same round. Printed is the median over rounds with a 95 % interval b
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -93,7 +94,8 @@ def measure(rank: int, folder: str, rounds: int) -> None:
             for kind, method in steps:
                 ratio = median_ratio(seconds[kind, method], seconds[kind, "SGD"])
                 print(f"  {kind:6}{method:20}{ratio.median:5.2f} [{ratio.low:.2f}, {ratio.high:.2f}]", flush=True)
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # threads of gloo may outlive Python's end, and abort it
 
 
 def main() -> None:

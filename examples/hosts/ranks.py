@@ -52,14 +52,15 @@ def main(rank, folder=None):
     store = {"store": dist.FileStore(f"{folder}/store", 2)} if folder else {}  # torchrun brings its own
     dist.init_process_group("gloo", rank=rank, world_size=2, **store)
     curves = {host: train(host, rank, num_ranks=2) for host in ("DDP", "FSDP2")}
-    dist.destroy_process_group()
     if rank == 0:
         alone = train("one process")
         for losses in curves.values():
             torch.testing.assert_close(losses, alone, rtol=1e-5, atol=1e-6)
         print("window  one process    DDP  FSDP2")
         for k, row in enumerate(zip(alone, *curves.values())):
-            print(f"{k:6d}        {row[0]:.3f}  {row[1]:.3f}  {row[2]:.3f}")
+            print(f"{k:6d}        {row[0]:.3f}  {row[1]:.3f}  {row[2]:.3f}", flush=True)
+    dist.barrier()
+    os._exit(0)  # threads of gloo may outlive Python's end, and abort it
 
 
 if __name__ == "__main__":

@@ -464,6 +464,7 @@ def test_evaluation_between_steps_changes_nothing(tmp_path):
 
 
 PROCESS = """
+import os
 import sys
 import torch
 from pathlib import Path
@@ -480,6 +481,8 @@ trainer.train()
 if args.process_index == 0:
     found = [{name.removeprefix("module."): g for name, g in step.items()} for step in witness.gradients]
     torch.save((type(trainer.regularizer.model).__name__, found, trainer.regularizer_state()), folder / "found.pt")
+torch.distributed.barrier()
+os._exit(0)  # threads of gloo may outlive Python's end, and abort it
 """
 
 
