@@ -3,12 +3,19 @@
 from gradreg import functional
 from gradreg.functional import Flooding
 from gradreg.training import (
+    Fraction,
     GradientRegularizer,
+    LargeGradients,
+    Momentum,
+    Previous,
     RegularizedOptimizer,
+    Split,
     asam,
+    bernoulli,
     every,
     gnp,
     late,
+    msam,
     sam,
     warmup,
 )
@@ -17,13 +24,20 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Flooding",
+    "Fraction",
     "GradientRegularizer",
+    "LargeGradients",
+    "Momentum",
+    "Previous",
     "RegularizedOptimizer",
+    "Split",
     "asam",
+    "bernoulli",
     "every",
     "functional",
     "gnp",
     "late",
+    "msam",
     "sam",
     "warmup",
 ]

@@ -1,8 +1,26 @@
 """The engine around a real model: three doors, selection, schedules, presets."""
 
+from gradreg.training.batch import Fraction, Split
+from gradreg.training.directions import Momentum, Previous
 from gradreg.training.optimizer import RegularizedOptimizer
-from gradreg.training.presets import asam, gnp, sam
+from gradreg.training.presets import asam, gnp, msam, sam
 from gradreg.training.regularizer import GradientRegularizer
-from gradreg.training.schedule import every, late, warmup
+from gradreg.training.schedule import LargeGradients, bernoulli, every, late, warmup
 
-__all__ = ["GradientRegularizer", "RegularizedOptimizer", "asam", "every", "gnp", "late", "sam", "warmup"]
+__all__ = [
+    "Fraction",
+    "GradientRegularizer",
+    "LargeGradients",
+    "Momentum",
+    "Previous",
+    "RegularizedOptimizer",
+    "Split",
+    "asam",
+    "bernoulli",
+    "every",
+    "gnp",
+    "late",
+    "msam",
+    "sam",
+    "warmup",
+]

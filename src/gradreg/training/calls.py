@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gradreg._vectors import is_sharded
 
 Backward = Callable[[Tensor], Any]
 
@@ -96,29 +98,49 @@ def run_closure(closure: Callable[[], Any], owned: Sequence[Tensor], selected: S
     return loss
 
 
-def warn_of_strangers(loss: Tensor, known: Iterable[Tensor]) -> None:
+class Examination:
+    """What the graph of the first loss tells: tensors outside the model, and whether gradients may be picked."""
+
+    def __init__(self) -> None:
+        self.is_done = False
+        self._is_reentrant = False
+
+    def of(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
+        if self.is_done or any(map(is_sharded, parameters)):  # shards are gathered in other tensors
+            return
+        known, strangers = set(parameters), []
+        for node in _nodes(loss):
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and leaf not in known:
+                strangers.append(tuple(leaf.shape))
+            self._is_reentrant |= type(node).__name__ == "CheckpointFunctionBackward"
+        if strangers:
+            _warn_of_strangers(strangers)
+
+    @property
+    def allows_inputs(self) -> bool:
+        """Whether `loss.backward(inputs=...)` works: reentrant activation checkpoints need the whole backward pass."""
+        return self.is_done and not self._is_reentrant
+
+
+def _warn_of_strangers(strangers: Sequence[tuple[int, ...]]) -> None:
     """Trainable tensors outside the model would receive the sum of both passes."""
-    owned = set(known)
-    strangers = [tuple(leaf.shape) for leaf in _leaves(loss) if leaf not in owned]
-    if strangers:
-        warnings.warn(
-            f"the loss depends on {len(strangers)} trainable tensors outside the model (shapes {strangers[:3]}): both "
-            "passes add to their .grad. Give the regularizer a model that owns them, such as nn.ModuleList([...]), or "
-            "clear their .grad before you use it.",
-            UserWarning,
-            stacklevel=7,
-        )
+    warnings.warn(
+        f"the loss depends on {len(strangers)} trainable tensors outside the model (shapes {strangers[:3]}): both "
+        "passes add to their .grad. Give the regularizer a model that owns them, such as nn.ModuleList([...]), or "
+        "clear their .grad before you use it.",
+        UserWarning,
+        stacklevel=9,
+    )
 
 
-def _leaves(loss: Tensor) -> Iterator[Tensor]:
-    """The trainable tensors that a loss depends on."""
+def _nodes(loss: Tensor) -> Iterator[Any]:
+    """The graph of a loss."""
     nodes, seen = [loss.grad_fn], set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            yield variable
+        yield node
         nodes.extend(child for child, _ in node.next_functions)

@@ -36,6 +36,7 @@ class Measured:
     first_norm: Tensor  # ‖g1‖
     weight: float  # ĝ = g1 + weight · difference
     wanted: bool = True  # else only ‖g2‖ is measured, which tells whether g2 is finite
+    share: float = 1.0  # of the batch, that g1 and g2 were taken on
     second: list[Tensor] = field(default_factory=list)  # ‖g2‖²; none for the exact scheme
     distance: list[Tensor] = field(default_factory=list)  # ‖g2 − g1‖²
     difference: list[Tensor] = field(default_factory=list)
@@ -43,12 +44,12 @@ class Measured:
     ratio: Tensor | None = None  # ‖ĝ − g1‖/‖g1‖, where it was needed to make ĝ
 
     def penalty_ratio(self) -> Tensor:
-        """‖ĝ − g1‖ / ‖g1‖."""
+        """‖ĝ − g1‖ / ‖g1‖; on a share of the batch, ‖(γ/ε)(g2 − g1)‖ / ‖g1‖ with both of that share."""
         if self.is_partial:
             return torch.full_like(self.first_norm, torch.nan)
         if self.ratio is not None:
-            return self.ratio
-        length = abs(self.weight) * vectors.total(self.difference).sqrt()
+            return self.share * self.ratio
+        length = self.share * abs(self.weight) * vectors.total(self.difference).sqrt()
         return length * vectors.safe_reciprocal(self.first_norm)
 
     def cosine(self) -> Tensor:

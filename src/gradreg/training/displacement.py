@@ -10,10 +10,12 @@ weights and the parameter is displaced in place.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gradreg import _vectors as vectors
 
@@ -37,13 +39,18 @@ class Displacement:
     """Moves parameters and puts them back; owns the one extra copy.
 
     Between `open` and `close` every `state_dict()` of the model raises.
+
+    Args:
+        keeps_room: keep the copy from step to step; else it is given back with each parameter that is put back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_room: bool = True) -> None:
+        self._keeps_room = keeps_room
         self._places: list[tuple[nn.Parameter, int, torch.Size]] = []
         self._copies: list[Tensor] = []
         self._pointing: list[bool] = []
         self._true: list[Tensor] = []
+        self._is_back: list[bool] = []
         self._guarded: list[nn.Module] = []
 
     @property
@@ -64,7 +71,7 @@ class Displacement:
         in_place = [i for i, pointing in enumerate(self._pointing) if not pointing]
         if in_place:
             vectors.copy_([self._copies[i] for i in in_place], [true[i] for i in in_place])
-        self._true = true
+        self._true, self._is_back = true, [False] * len(true)
         # register_state_dict_pre_hook, without a handle for each module: this runs in every step.
         self._guarded = [m for m in modules if m._parameters]
         for module in self._guarded:
@@ -82,6 +89,16 @@ class Displacement:
         for (p, _, _), copy, true, pointing in zip(self._places, self._copies, self._true, self._pointing):
             yield copy - true if pointing else p.data - copy
 
+    def put_back(self, i: int) -> None:
+        """Put one parameter back before the others, and give its copy back; only without `keeps_room`."""
+        if self._true and not self._is_back[i]:
+            if self._pointing[i]:
+                self._places[i][0].data = self._true[i]
+            else:
+                vectors.copy_([self._true[i]], [self._copies[i]])
+            self._is_back[i] = True
+            self._copies[i] = self._true[i]
+
     def close(self) -> None:
         """Put the weights back, bitwise and in their own storage."""
         for module in self._guarded:
@@ -90,14 +107,16 @@ class Displacement:
         if not self._true:
             return
         kept = []
-        for (p, _, _), copy, true, pointing in zip(self._places, self._copies, self._true, self._pointing):
-            if pointing:
+        for i, ((p, _, _), true) in enumerate(zip(self._places, self._true)):
+            if self._pointing[i]:
                 p.data = true
-            else:
-                kept.append((true, copy))
+            elif not self._is_back[i]:
+                kept.append((true, self._copies[i]))
         if kept:
             vectors.copy_([true for true, _ in kept], [copy for _, copy in kept])
         self._true = []
+        if not self._keeps_room:
+            self._places, self._copies = [], []
         torch.clear_autocast_cache()
 
     def _make_room(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -110,3 +129,43 @@ class Displacement:
             self._places = places
             self._copies = [torch.empty_like(p.data) for p in parameters]
             self._pointing = [_may_point_elsewhere(p) for p in parameters]
+
+
+class EarlyReturn:
+    """Puts each parameter back once its gradient is complete: displaced weights make room for gradients.
+
+    By then every operation that read the parameter has run backward. Where a gradient arrives in a backward pass
+    within the backward pass (reentrant activation checkpoints), more of it may come, and the parameter stays.
+
+    Args:
+        displacement: open, and without `keeps_room`.
+        moving: the parameters that it moved.
+    """
+
+    def __init__(self, displacement: Displacement, moving: Sequence[nn.Parameter]) -> None:
+        self._displacement = displacement
+        self._moving = moving
+        self._pass: int | None = None
+        self._hooks: list[RemovableHandle] = []
+
+    def watch(self, loss: Tensor) -> None:
+        """The loss whose one backward pass completes all gradients."""
+        loss.register_hook(self._begin)
+
+    def _begin(self, gradient: Tensor) -> None:
+        del gradient
+        self._pass = torch._C._current_graph_task_id()
+
+    def _arrive(self, i: int, p: Tensor) -> None:
+        del p
+        if self._pass == torch._C._current_graph_task_id():
+            self._displacement.put_back(i)
+
+    def __enter__(self) -> EarlyReturn:
+        for i, p in enumerate(self._moving):
+            self._hooks.append(p.register_post_accumulate_grad_hook(partial(self._arrive, i)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()

@@ -16,6 +16,7 @@ from gradreg.functional.ascents import Ascent
 from gradreg.training.calls import checked
 from gradreg.training.combination import Gradients, Measured, add_penalty, give_gradients
 from gradreg.training.diagnostics import Diagnostics
+from gradreg.training.directions import Momentum, Previous
 from gradreg.training.second_pass import Method
 
 
@@ -98,9 +99,10 @@ def _differentiable_gradient(loss: Tensor, inputs: Sequence[Tensor]) -> list[Ten
 
 
 def _direction(
-    ascent: Ascent, parameters: Sequence[Tensor], gradients: Gradients, grad_scale: float | Tensor
+    ascent: Ascent | Momentum | Previous, parameters: Sequence[Tensor], gradients: Gradients, grad_scale: float | Tensor
 ) -> list[Tensor | None]:
     """d, detached; None where there is no gradient."""
+    assert not isinstance(ascent, (Momentum, Previous)), "refused by check_together"
     present = [(i, g.detach()) for i, g in enumerate(gradients) if g is not None]
     with torch.no_grad():
         values, scale = ascent([parameters[i].detach() for i, _ in present], [g for _, g in present], grad_scale)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from gradreg.functional.ascents import Adaptive
+from gradreg.training.directions import Momentum
 from gradreg.training.regularizer import GradientRegularizer
 from gradreg.training.schedule import Schedule, check
 
@@ -60,6 +61,33 @@ def asam(model: nn.Module, rho: Schedule, eta: float = 0.01, **options: Any) -> 
     """
     check("rho", rho)
     return GradientRegularizer(model, rho, rho, ascent=Adaptive(eta), **options)
+
+
+def msam(model: nn.Module, optimizer: Any, rho: Schedule, sign: int = -1, **options: Any) -> GradientRegularizer:
+    r"""Momentum-SAM, one pass: $\hat g = \nabla L(\theta \pm \rho \, v / \|v\|)$ with the optimizer's momentum v.
+
+    Args:
+        model: the model.
+        optimizer: the base optimizer, with momentum; see `Momentum`.
+        rho: radius ρ > 0 in the units of the weights, a number or a function of the step; several times that of SAM.
+        sign: −1 looks ahead, as the authors do, +1 uphill.
+        options: further arguments of `GradientRegularizer`.
+
+    Raises:
+        ValueError: ρ ≤ 0 or not finite, another sign, an optimizer without momentum or without a selected parameter.
+
+    References:
+        Becker et al., [Momentum-SAM](https://arxiv.org/abs/2401.12033), 2024.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> msam(model, optimizer, rho=1.0).epsilon
+        1.0
+    """
+    check("rho", rho)
+    return GradientRegularizer(model, rho, rho, ascent=Momentum(optimizer, sign), **options)
 
 
 def gnp(model: nn.Module, radius: float, alpha: float, **options: Any) -> GradientRegularizer:

@@ -44,6 +44,11 @@ class Ranks:
         """Whether g2 is averaged only after it arrived, so that what is measured on arrival is this rank's own."""
         return self._replicas is not None
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no wrapper waits for the gradients of all parameters."""
+        return _world_size() == 1
+
     def first_pass(self) -> AbstractContextManager[None]:
         """Around forward and backward of the first pass, which a local ascent keeps from communicating."""
         return self._quiet() if self.is_local else nullcontext()

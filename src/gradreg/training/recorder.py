@@ -60,6 +60,7 @@ class Recorder:
                 del model._forward_pre_hooks[key]
                 model._forward_pre_hooks_with_kwargs.pop(key, None)
         self._anatomy: Anatomy | None = anatomy
+        self._is_paused = False
         self._is_ours = False  # the first pass is run by the engine, which knows the moment it starts from
         self._moments: list[Moment | None] = []
         self._inputs: list[Inputs] = []
@@ -94,7 +95,7 @@ class Recorder:
 
     def _observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recomputed = torch._C._current_graph_task_id() != -1  # by activation checkpointing, inside a backward pass
-        if self._anatomy is None or recomputed or not torch.is_grad_enabled():
+        if self._anatomy is None or self._is_paused or recomputed or not torch.is_grad_enabled():
             return
         if self._position is not None:
             self._replay(self._position, Inputs(args, kwargs, self._compares_values))
@@ -132,6 +133,15 @@ class Recorder:
     def forget(self) -> None:
         self._moments.clear()
         self._inputs.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forwards that no displaced pass follows."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     @contextmanager
     def first_pass(self) -> Iterator[None]:

@@ -11,28 +11,39 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from gradreg._vectors import is_sharded
-from gradreg.functional.ascents import Ascent, resolve_ascent
+from gradreg import _vectors as vectors
 from gradreg.functional.schemes import Scheme, resolve_scheme
 from gradreg.training.anatomy import Anatomy
-from gradreg.training.calls import Backward, differentiate, run_closure, warn_of_strangers
+from gradreg.training.batch import Fraction, Split, cut, weighted
+from gradreg.training.calls import Backward, Examination, differentiate, run_closure
 from gradreg.training.combination import give_gradients, keeping_views, take_gradients
 from gradreg.training.diagnostics import Diagnostics, Realized
-from gradreg.training.displacement import Displacement
+from gradreg.training.directions import Choice, Directions, Momentum, Previous, resolve
+from gradreg.training.displacement import Displacement, EarlyReturn
 from gradreg.training.double_backward import ExactPenalty, check_supported
 from gradreg.training.hosts import loss_division
 from gradreg.training.ranks import SYNCS, Ranks
 from gradreg.training.recorder import Recorder
-from gradreg.training.replay import Moment
-from gradreg.training.schedule import Schedule, Strength, check, name_of, strength_at
-from gradreg.training.second_pass import Method, SecondPass, dropping_gradients, without_trace
+from gradreg.training.replay import Buffers, Moment
+from gradreg.training.schedule import (
+    LargeGradients,
+    RunningTest,
+    Schedule,
+    Strength,
+    check,
+    name_of,
+    strength_at,
+)
+from gradreg.training.second_pass import Displacer, Method, SecondPass, dropping_gradients, without_trace
 from gradreg.training.selection import Rules, Selection
+from gradreg.training.together import check_step, check_together
 
 Call = Callable[[], Tensor]
 Result = TypeVar("Result")
@@ -51,11 +62,14 @@ class GradientRegularizer:
         gamma: strength γ ≥ 0, a number or a function of the step (see `gradreg.warmup`, `late`, `every`).
         epsilon: step length ε > 0 along the ascent, a number or a function of the step. γ = ε makes ĝ = g2.
         scheme: `forward` (F-GR), `backward` (B-GR), `central` (one pass more), `exact` (double backpropagation).
-        ascent: `gradient` (d = g1), `normalized` (d = g1/‖g1‖), `adaptive` (ASAM), or an `Ascent`.
+        ascent: `gradient` (d = g1), `normalized` (d = g1/‖g1‖), `adaptive` (ASAM), or an `Ascent`; or a direction that
+            is known before the first pass, `Momentum(optimizer)` or `Previous()`, which makes a step one pass.
         include: shell-style patterns over parameter names, module types, or predicates `(name, parameter) ->
             bool`; None selects every parameter. What is not selected keeps g1 and never moves.
         exclude: the same; taken away from what `include` matched.
         cap: the largest allowed ‖ĝ − g1‖/‖g1‖, or None. Holds one more copy of the gradients.
+        batch: what the displaced pass sees: the whole batch (None), `Fraction(q)` of it, or its share of a `Split`.
+        when: the second pass only in steps that pass a test, `LargeGradients()`.
         nonfinite: what to leave in `.grad` when g1 is finite and the second gradient is not: `"keep"` leaves the
             non-finite ĝ, so that a gradient scaler skips the step; `"first"` leaves g1, at one more copy of the
             gradients.
@@ -90,9 +104,11 @@ class GradientRegularizer:
         epsilon: Schedule,
         *,
         scheme: str | Scheme = "forward",
-        ascent: str | Ascent = "gradient",
+        ascent: Choice = "gradient",
         include: Rules | None = None,
         exclude: Rules = (),
+        batch: Fraction | Split | None = None,
+        when: LargeGradients | None = None,
         cap: float | None = None,
         nonfinite: str = "keep",
         ascent_sync: str = "global",
@@ -109,33 +125,33 @@ class GradientRegularizer:
             raise ValueError(f'ascent_sync must be "global" or "local", got {ascent_sync!r}.')
         self.gamma = gamma
         self.epsilon = epsilon
-        self._method = Method(resolve_scheme(scheme), resolve_ascent(ascent), cap, nonfinite == "first")
+        self._method = Method(resolve_scheme(scheme), resolve(ascent), cap, nonfinite == "first", batch)
         self._ascent_sync = ascent_sync
-        if ascent_sync == "local" and (self._method.needs_whole or len(self._method.scheme.stencil) != 1):
-            raise ValueError(
-                'ascent_sync="local" combines each gradient before the ranks average it, which cap, nonfinite="first" '
-                'and the schemes "central" and "exact" cannot: leave them out, or use ascent_sync="global".'
-            )
+        self._test = RunningTest(when) if when is not None else None
+        check_together(self._method, gamma, epsilon, when, ascent_sync)
         if self._method.scheme.is_exact:
             check_supported(model)
         self.model = model
         self.selection = Selection(model, include, exclude)
+        if isinstance(self._method.ascent, Momentum):
+            self._method.ascent.check(self.selection.named)
         self.step = 0  # closed second passes, and what would have been one
         self._diagnostics = Diagnostics()
+        self._directions = Directions(self._method.ascent)
         self._set_up()
 
     def _set_up(self) -> None:
         """What belongs to this object and this process, and travels in no copy or pickle."""
-        self._displacement = Displacement()
+        self._displacement = Displacement(keeps_room=not self._method.is_one_pass)
         self._anatomy = Anatomy(self.model)
         self._ranks = Ranks(self.model, self._ascent_sync)
         self._recorder = Recorder(self._anatomy)
         self._is_open = False
-        self._is_first_call = True
+        self._examination = Examination()
         weakref.finalize(self, self._recorder.handle.remove)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_displacement", "_anatomy", "_ranks", "_recorder", "_is_open", "_is_first_call")
+        own = ("_displacement", "_anatomy", "_ranks", "_recorder", "_is_open", "_examination")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -143,9 +159,12 @@ class GradientRegularizer:
         self._set_up()
 
     def __repr__(self) -> str:
+        method, test = self._method, self._test
+        more = "" if method.batch is None else f", batch={method.batch}"
+        more += "" if test is None else f", when={test.rule}"
         return (
-            f"GradientRegularizer(gamma={self.gamma}, epsilon={self.epsilon}, scheme={self._method.scheme.name!r}, "
-            f"ascent={self._method.ascent}, step={self.step})\n{self.selection}"
+            f"GradientRegularizer(gamma={self.gamma}, epsilon={self.epsilon}, scheme={method.scheme.name!r}, "
+            f"ascent={method.ascent}{more}, step={self.step})\n{self.selection}"
         )
 
     # The first door.
@@ -180,17 +199,42 @@ class GradientRegularizer:
             ValueError: a loss that is not a scalar or has no graph, an empty `batches`, a γ or ε that the schedule
                 made invalid, or a second pass on another batch. Weights, buffers and `.grad` are then what they were.
         """
+        batches = None if batches is None else list(batches)
+        if batches is None and self._method.batch is not None:
+            raise ValueError(
+                f"batches must be given with batch={self._method.batch}, which divides it: call "
+                "backward(loss_fn, batches=[batch]), with loss_fn(batch) a mean over the rows of the batch."
+            )
         calls = [loss_fn] if batches is None else [partial(loss_fn, batch) for batch in batches]
         if not calls:
             raise ValueError("batches must hold at least one micro-batch, got none.")
         with self._door():
-            strength = strength_at(self.gamma, self.epsilon, self.step)
+            strength = self._strength()
             if strength is None:
-                losses = self._for_each(calls, lambda call: differentiate(call, backward))
+                with self._recorder.paused():
+                    losses = self._for_each(calls, lambda call: differentiate(call, backward))
+            elif isinstance(self._method.batch, Split):
+                with self._adding_to_gradients(), self._recorder.paused():
+                    losses = self._split(loss_fn, batches or [], strength, backward, grad_scale)
+            elif self._method.is_one_pass:
+                with self._recorder.paused():
+                    losses = self._one_pass(calls, strength, backward)
             else:
+                rest: list[Call] = []
+                if isinstance(self._method.batch, Fraction):
+                    calls, rest, share = cut(loss_fn, batches or [], self._method.batch.share)
+                    strength = replace(strength, share=share)
                 with self._adding_to_gradients(), self._all_or_nothing() as before:
                     losses = self._regularize(calls, strength, before, backward, grad_scale)
+                    with self._recorder.paused():
+                        losses += self._for_each(rest, lambda call: differentiate(call, backward))
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _strength(self) -> Strength | None:
+        strength = strength_at(self.gamma, self.epsilon, self.step)
+        if strength is not None:
+            check_step(self._method, strength, self.step)
+        return strength
 
     def _regularize(
         self,
@@ -205,10 +249,9 @@ class GradientRegularizer:
             return [exact.in_one_pass(calls[0], self.selection.others)]
         factors: list[Tensor] = []
         with self._recorder.first_pass(), self._ranks.first_pass():
-            losses = self._for_each(calls, lambda call: differentiate(call, backward, factors, self._check_first_loss))
-        self._is_first_call = False
-        if factors and not isinstance(grad_scale, Tensor) and grad_scale == 1:
-            grad_scale = (factors[0] * loss_division(backward)).clamp(min=1)
+            losses = self._for_each(calls, lambda call: differentiate(call, backward, factors, self._examine))
+        self._examination.is_done = True
+        grad_scale = strength.share * _scale_of(grad_scale, factors, backward)
         if self._method.scheme.is_exact:
             first = [p.grad for p in self.selection.parameters]
             with without_trace(self._anatomy, self.selection.all):
@@ -216,17 +259,59 @@ class GradientRegularizer:
                 penalty = exact.of_window(calls, factors, first, grad_scale)
             exact.add(penalty, grad_scale)
             return losses
+        # Gradients that nobody wants are not computed, where we run the backward pass ourselves.
+        wanted = self.selection.parameters if self._picks_gradients(backward) else None
 
         def play(call: Call) -> None:
             loss = call()
             if loss.requires_grad:  # else: nothing selected takes part in the displaced pass
-                backward(loss)
+                loss.backward(inputs=wanted) if wanted else backward(loss)
 
         def replay() -> None:
             before.restore()
             self._for_each(calls, play)
 
         self._second_pass(replay, strength, grad_scale, num_backwards=len(calls))
+        return losses
+
+    def _picks_gradients(self, backward: Backward) -> bool:
+        is_ours = backward is Tensor.backward and self._examination.allows_inputs and self._ranks.is_alone
+        return is_ours and any(p.requires_grad for p in self.selection.others)
+
+    def _one_pass(self, calls: Sequence[Call], strength: Strength, backward: Backward) -> list[Tensor]:
+        """∇L(θ + εd) and no other gradient."""
+        with self._displacer().standing(strength.epsilon) as moving:
+            self._diagnostics.count_pass(moving)
+            if len(calls) > 1:
+                return self._for_each(calls, lambda call: differentiate(call, backward))
+            with EarlyReturn(self._displacement, moving) as early:
+                return [differentiate(calls[0], backward, check=early.watch)]
+
+    def _split(
+        self,
+        loss_fn: Callable[..., Tensor],
+        batches: Sequence[Any],
+        strength: Strength,
+        backward: Backward,
+        grad_scale: float | Tensor,
+    ) -> list[Tensor]:
+        """(1 − λ) ∇L_A(θ) + λ ∇L_B(θ + εd), λ = γ/ε, each row in one pass."""
+        here, ahead, share = cut(loss_fn, batches, 1 - strength.ratio)
+        factors: list[Tensor] = []
+        with self._ranks.first_pass():
+            first = weighted(here, (1 - strength.ratio) / share)
+            losses = self._for_each(first, lambda call: differentiate(call, backward, factors, self._examine))
+        self._examination.is_done = True
+        buffers = Buffers(self._anatomy)
+        gradients = [p.grad for p in self.selection.parameters]
+        scale = (1 - strength.ratio) * _scale_of(grad_scale, factors, backward)
+        present = [g for g in gradients if g is not None]
+        norm = vectors.norm(present) if present and not self._directions.are_known else None
+        with self._displacer().standing(strength.epsilon, gradients, scale, norm) as moving:
+            self._diagnostics.count_pass(moving)
+            second = weighted(ahead, strength.ratio / (1 - share))
+            losses += self._for_each(second, lambda call: differentiate(call, backward))
+        buffers.restore()
         return losses
 
     def _for_each(self, calls: Sequence[Call], play: Callable[[Call], Result]) -> list[Result]:
@@ -247,13 +332,20 @@ class GradientRegularizer:
     ) -> None:
         """`.grad` from g1 to ĝ, where the pass is ours to run."""
         second = self._prepare(strength, grad_scale, num_backwards, others)
-        if not second.is_needed:
+        if not self._is_due(second):
             second.skip()
             return
         with second.open():
             for k in range(second.num_passes):
                 with second.displaced(k), self._recorder.displaced_pass():
                     run()
+
+    def _is_due(self, second: SecondPass) -> bool:
+        test = self._test
+        return second.is_needed and (test is None or test.is_large(second.squared_norm, self.step))
+
+    def _displacer(self) -> Displacer:
+        return Displacer(self._anatomy, self.selection.named, self._directions, self._displacement, self._diagnostics)
 
     def _prepare(
         self,
@@ -264,8 +356,7 @@ class GradientRegularizer:
     ) -> SecondPass:
         ranks, num_passes = self._ranks, len(self._method.scheme.stencil)
         return SecondPass(
-            self._anatomy,
-            self.selection.parameters,
+            self._displacer(),
             [*self.selection.others, *others],
             self._method,
             strength,
@@ -273,8 +364,6 @@ class GradientRegularizer:
             deferred=not ranks.is_local and (num_backwards > 1 or (ranks.is_replicated and num_passes > 1)),
             is_local=ranks.is_local,
             is_replicated=ranks.is_replicated,
-            displacement=self._displacement,
-            diagnostics=self._diagnostics,
         )
 
     # The second door.
@@ -292,6 +381,9 @@ class GradientRegularizer:
         `zero_grad()` in it does no harm. The random state and buffers of each forward are those of its
         counterpart. A step with γ = 0 still runs the block, since Python cannot skip it, and leaves g1.
 
+        With a direction that is known beforehand (`Momentum`, `Previous`) there is no first pass: the block is the
+        whole step.
+
         Args:
             grad_scale: the loss scale that `.grad` carries; divide it out first with `scaler.unscale_(optimizer)`,
                 or pass `scaler.get_scale()` and scale the loss in the block too.
@@ -305,8 +397,13 @@ class GradientRegularizer:
                 f'perturbed() runs its block once, which cannot serve scheme="{self._method.scheme.name}": use '
                 'backward(loss_fn), or scheme="forward" or "backward".'
             )
+        self._refuse_division("perturbed()")
         with self._door():
-            strength = strength_at(self.gamma, self.epsilon, self.step)
+            strength = self._strength()
+            if self._method.is_one_pass:
+                with self._recorder.paused(), self._ahead(strength):
+                    yield
+                return
             if all(p.grad is None for p in self.selection.parameters):
                 raise ValueError(
                     "perturbed() starts from the gradient of the first pass, and no selected parameter has one: run "
@@ -318,7 +415,7 @@ class GradientRegularizer:
                     "cannot replay its random numbers: call the model itself, not its parts, or use backward(loss_fn)."
                 )
             second = None if strength is None else self._prepare(strength, grad_scale, self._recorder.num_forwards)
-            if second is None or not second.is_needed:
+            if second is None or not self._is_due(second):
                 everything, replay = self.selection.all, self._recorder.displaced_pass
                 with without_trace(self._anatomy, everything), dropping_gradients(everything), replay():
                     yield
@@ -341,13 +438,14 @@ class GradientRegularizer:
                 'scheme="exact" needs the loss before its backward pass, which a closure does not hand out: use '
                 'backward(loss_fn) with scheme="exact", or a closure with "forward", "backward" or "central".'
             )
+        self._refuse_division("step(closure)")
         known = set(self.selection.all)
         owned = self.selection.all if owned is None else owned
         others = [p for p in owned if p not in known]
         with self._door(others):
-            strength = strength_at(self.gamma, self.epsilon, self.step)
-            if strength is None:
-                with torch.enable_grad():
+            strength = self._strength()
+            if strength is None or self._method.is_one_pass:
+                with self._recorder.paused(), self._ahead(strength), torch.enable_grad():
                     return closure()
             with self._all_or_nothing() as before, torch.enable_grad():
                 with self._recorder.first_pass(), self._ranks.first_pass():
@@ -363,6 +461,23 @@ class GradientRegularizer:
     # What the doors share.
 
     @contextmanager
+    def _ahead(self, strength: Strength | None) -> Iterator[None]:
+        """The one pass of a step, at θ + εd; with γ = 0 at θ."""
+        if strength is None:
+            yield
+            return
+        with self._displacer().standing(strength.epsilon) as moving:
+            self._diagnostics.count_pass(moving)
+            yield
+
+    def _refuse_division(self, door: str) -> None:
+        if self._method.batch is not None:
+            raise ValueError(
+                f"{door} cannot divide the batch, as batch={self._method.batch} asks: use "
+                "backward(loss_fn, batches=[batch]), or a schedule such as every(gamma, 10)."
+            )
+
+    @contextmanager
     def _door(self, others: Sequence[Tensor] = ()) -> Iterator[None]:
         """One step: refuses to be entered twice; counts when it closes well. `others`: parameters outside the model."""
         if self._is_open:
@@ -374,6 +489,7 @@ class GradientRegularizer:
             self._ranks.agree(self._configuration)
             with keeping_views([*self.selection.all, *others]):
                 yield
+                self._directions.remember(self.selection.named)
             self.step += 1
         finally:
             self._recorder.forget()
@@ -390,6 +506,8 @@ class GradientRegularizer:
             "cap": str(method.cap),
             "nonfinite": "first" if method.fall_back else "keep",
             "ascent_sync": self._ascent_sync,
+            "batch": str(method.batch),
+            "when": "None" if self._test is None else name_of(self._test.rule),
             "the selected parameters": ", ".join(self.selection.named),
             "the step": str(self.step),
         }
@@ -420,9 +538,8 @@ class GradientRegularizer:
         finally:
             give_gradients(parameters, before)
 
-    def _check_first_loss(self, loss: Tensor) -> None:
-        if self._is_first_call and not any(map(is_sharded, self.selection.all)):  # shards are gathered in other tensors
-            warn_of_strangers(loss, self.selection.all)
+    def _examine(self, loss: Tensor) -> None:
+        self._examination.of(loss, self.selection.all)
 
     # What the user reads and saves.
 
@@ -440,21 +557,37 @@ class GradientRegularizer:
         return self._diagnostics.read()
 
     def state_dict(self) -> dict[str, Any]:
-        """The step and the counters; γ and ε are configuration, and not saved."""
-        return {"step": self.step, **self._diagnostics.state_dict()}
+        """The step, the counters and what a mode carries from step to step; γ and ε are configuration, not saved."""
+        state = {"step": self.step, **self._diagnostics.state_dict()}
+        if self._test is not None:
+            state["running_test"] = {"mean": self._test.mean, "variance": self._test.variance}
+        if isinstance(self._method.ascent, Previous):
+            state["previous"] = self._directions.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the step and the counters of `state_dict()`.
+        """Take up what `state_dict()` gave.
 
         Raises:
-            ValueError: missing or unknown keys, or a step that is not an integer ≥ 0; nothing is changed.
+            ValueError: missing or unknown keys, a step that is not an integer ≥ 0, or gradients of other parameters;
+                nothing is changed.
         """
-        expected = {"step", "active_steps", "skipped_steps"}
+        expected = set(self.state_dict())
         if set(state_dict) != expected:
             raise ValueError(f"state_dict must have the keys {sorted(expected)}, got {sorted(state_dict)}.")
-        for name in sorted(expected):
+        for name in ("active_steps", "skipped_steps", "step"):
             value = state_dict[name]
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"state_dict[{name!r}] must be an integer ≥ 0, got {value!r}.")
+        self._directions.load_state_dict(state_dict.get("previous", {}), self.selection.named)
+        if self._test is not None:
+            self._test = RunningTest(self._test.rule, **state_dict["running_test"])
         self.step = state_dict["step"]
         self._diagnostics.load_state_dict(state_dict)
+
+
+def _scale_of(grad_scale: float | Tensor, factors: Sequence[Tensor], backward: Backward) -> float | Tensor:
+    """The loss scale: what the user says, or what `backward` was seen to multiply by."""
+    if factors and not isinstance(grad_scale, Tensor) and grad_scale == 1:
+        return (factors[0] * loss_division(backward)).clamp(min=1)
+    return grad_scale

@@ -1,4 +1,4 @@
-"""The schedule: γ and ε as numbers or functions of the step, and helpers that make such functions.
+"""The schedule: γ and ε as numbers or functions of the step, helpers that make such functions, and a test on ‖∇L‖².
 
 A step is one closed second pass, or what would have been one: with γ = 0 the second pass is not run, and the step
 still counts. The helpers wrap a number or another schedule, so they combine: `every(warmup(0.1, 500), 2)`.
@@ -7,6 +7,7 @@ still counts. The helpers wrap a number or another schedule, so they combine: `e
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -71,34 +72,131 @@ class late:
 
 @dataclass(frozen=True)
 class every:
-    """`value` on every `period`-th step, 0 on the others: the average cost falls to 1 + 1/period.
+    """`scale · value` on every `period`-th step, 0 on the others: the average cost falls to 1 + 1/period.
+
+    `scale` makes up for the steps without: `scale=period` keeps the average of γ. For SAM, ρ·k every k-th step as in
+    MosaicML's Composer is `sam(model, every(rho, k, scale=k))`. A larger γ may diverge where the average does not.
 
     Example:
-        >>> [every(0.1, period=3)(step) for step in range(6)]
-        [0.0, 0.0, 0.1, 0.0, 0.0, 0.1]
+        >>> [every(0.1, period=3, scale=2)(step) for step in range(6)]
+        [0.0, 0.0, 0.2, 0.0, 0.0, 0.2]
     """
 
     value: Schedule
     period: int
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         _check_count("period", self.period, 1)
+        check_number("scale", self.scale, 0, math.inf)
 
     def __call__(self, step: int) -> float:
-        return value_at(self.value, step) if step % self.period == self.period - 1 else 0.0
+        return self.scale * value_at(self.value, step) if step % self.period == self.period - 1 else 0.0
+
+
+@dataclass(frozen=True)
+class bernoulli:
+    """`value` on a step with probability p, else 0: the average cost is 1 + p.
+
+    Which steps is a function of `seed` and the step alone, so that ranks agree and a resumed run goes on as it was.
+
+    References:
+        Zhao et al., [Randomized Sharpness-Aware Training](https://arxiv.org/abs/2203.09962), 2022.
+
+    Example:
+        >>> gamma = bernoulli(0.1, probability=0.5)
+        >>> [gamma(step) for step in range(6)]
+        [0.0, 0.1, 0.0, 0.1, 0.1, 0.0]
+    """
+
+    value: Schedule
+    probability: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("probability", self.probability, 0, 1)
+        _check_count("seed", self.seed, 0)
+
+    def __call__(self, step: int) -> float:
+        draw = random.Random((self.seed << 64) + step).random()  # does not touch the global generator
+        return value_at(self.value, step) if draw < self.probability else 0.0
+
+
+@dataclass(frozen=True)
+class LargeGradients:
+    r"""The second pass only where ‖∇L‖² is large beside what it has been: the test of AE-SAM.
+
+    With $n_t = \|g_1\|^2$, running mean $m_t = \delta m_{t-1} + (1-\delta) n_t$ and variance
+    $s_t = \delta s_{t-1} + (1-\delta)(n_t - m_t)^2$, the second pass runs if $n_t \ge m_t + c \sqrt{s_t}$. With c = 0
+    that is about every second step, cost 1.3 to 1.5. The decision is the host's, so on an accelerator each step waits
+    for the norm of its first gradient, and cannot be captured in a CUDA graph.
+
+    Args:
+        threshold: c, a number or a function of the step; the authors let it go from −1 to 1 over the training.
+        decay: δ in [0, 1).
+
+    Raises:
+        ValueError: a threshold that is not finite, a decay outside of its range.
+
+    References:
+        Jiang et al., [An Adaptive Policy to Employ Sharpness-Aware
+        Minimization](https://arxiv.org/abs/2304.14647), ICLR 2023.
+
+    Example:
+        >>> LargeGradients(threshold=0.5)
+        LargeGradients(threshold=0.5, decay=0.9)
+    """
+
+    threshold: Schedule = 0.0
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not callable(self.threshold):
+            check_number("threshold", self.threshold, -math.inf, math.inf)
+        check_number("decay", self.decay, 0, 1)
+        if self.decay == 1:
+            raise ValueError("decay must be below 1, got 1: the running mean would never move.")
+
+
+@dataclass
+class RunningTest:
+    """The running mean and variance behind `LargeGradients`."""
+
+    rule: LargeGradients
+    mean: float | None = None
+    variance: float = 0.0
+
+    def is_large(self, square: float, step: int) -> bool:
+        """Take ‖g1‖² in, and say whether it is large. One that is not finite is not taken in, and not large."""
+        if not math.isfinite(square):
+            return False
+        decay = self.rule.decay
+        self.mean = square if self.mean is None else decay * self.mean + (1 - decay) * square
+        self.variance = decay * self.variance + (1 - decay) * (square - self.mean) ** 2
+        return square >= self.mean + value_at(self.rule.threshold, step) * math.sqrt(self.variance)
 
 
 @dataclass(frozen=True)
 class Strength:
-    """γ and ε of one step."""
+    """γ and ε of one step, and the share of the batch that the penalty is taken on."""
 
     gamma: float
     epsilon: float
+    share: float = 1.0
 
     @property
     def ratio(self) -> float:
-        """c = γ/ε, the weight of the difference g2 − g1; exactly 1 where γ = ε."""
-        return self.gamma / self.epsilon
+        """c = γ/ε, the weight of the difference g2 − g1, over the share; exactly 1 where γ = ε on the whole batch."""
+        return self.gamma / (self.share * self.epsilon)
+
+
+def check_number(name: str, value: float, low: float, high: float) -> None:
+    """Refuse what is not a number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    if not (math.isfinite(value) and low <= value <= high):
+        span = f"from {low} to {high}" if math.isfinite(high) else ("≥ 0" if low == 0 else "finite")
+        raise ValueError(f"{name} must be a number {span}, got {value}.")
 
 
 def check(name: str, schedule: Schedule) -> None:

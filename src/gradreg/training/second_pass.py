@@ -7,7 +7,7 @@ After an exception all gradients are cleared: a half-made sum must not be mistak
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from gradreg import _vectors as vectors
-from gradreg.functional.ascents import Ascent
+from gradreg.functional.ascents import Ascent, Scale
 from gradreg.functional.schemes import Scheme
 from gradreg.training.anatomy import Anatomy
+from gradreg.training.batch import Fraction, Split
 from gradreg.training.combination import Combination, Gradients, Measured, give_gradients, take_gradients
 from gradreg.training.diagnostics import Diagnostics
+from gradreg.training.directions import Directions, Momentum, Previous
 from gradreg.training.displacement import Displacement
 from gradreg.training.replay import Moment
 from gradreg.training.schedule import Strength
@@ -30,9 +32,15 @@ class Method:
     """What stays the same over the steps of a regularizer."""
 
     scheme: Scheme
-    ascent: Ascent
+    ascent: Ascent | Momentum | Previous
     cap: float | None  # the largest ‖ĝ − g1‖/‖g1‖
     fall_back: bool  # to g1, where the second gradient is not finite
+    batch: Fraction | Split | None = None  # that the displaced pass sees
+
+    @property
+    def is_one_pass(self) -> bool:
+        """Whether ĝ = ∇L(θ + εd) with a d that needs no pass: γ = ε is all that makes sense then."""
+        return self.batch is None and isinstance(self.ascent, (Momentum, Previous))
 
     @property
     def needs_whole(self) -> bool:
@@ -72,6 +80,66 @@ def dropping_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
             handle.remove()
 
 
+class Displacer:
+    """Sets the weights to θ + radius · d, and back.
+
+    Args:
+        anatomy: of the model.
+        named: the selected parameters by name.
+        directions: finds d.
+        displacement: owns the extra copy of the weights.
+        diagnostics: receives what was realized.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        named: Mapping[str, nn.Parameter],
+        directions: Directions,
+        displacement: Displacement,
+        diagnostics: Diagnostics,
+    ) -> None:
+        self.anatomy = anatomy
+        self.named = named
+        self.directions = directions
+        self.displacement = displacement
+        self.diagnostics = diagnostics
+
+    @contextmanager
+    def standing(
+        self,
+        radius: float,
+        gradients: Sequence[Tensor | None] = (),
+        grad_scale: Scale = 1.0,
+        norm: Tensor | None = None,
+    ) -> Iterator[list[nn.Parameter]]:
+        """Within, the weights stand at θ + radius · d; yields the parameters that moved."""
+        try:
+            moving = self._displace(radius, gradients, grad_scale, norm)
+            del gradients  # or they could not be given back while the passes run
+            yield moving
+        finally:
+            self.displacement.close()
+
+    def _displace(
+        self, radius: float, gradients: Sequence[Tensor | None], grad_scale: Scale, norm: Tensor | None
+    ) -> list[nn.Parameter]:
+        """`norm` is that of `gradients`, where d is made of them: one that is 0 or not finite moves nothing."""
+        with torch.no_grad():
+            moving, direction, scale = self.directions.find(self.named, gradients, grad_scale)
+            if not moving:
+                return []
+            if norm is None:
+                step = radius * scale if isinstance(scale, Tensor) else torch.full((), radius * scale)
+            else:
+                step = torch.where(norm.isfinite() & (norm > 0), torch.full_like(norm, radius) * scale, 0.0)
+            self.displacement.open(self.anatomy.modules, moving, step, direction)
+            low_precision = vectors.is_low_precision(moving)
+            if low_precision or self.diagnostics.is_wanted:
+                self.diagnostics.record_realized(self.displacement.applied(), step, direction, low_precision)
+        return moving
+
+
 class SecondPass:
     """One step's way from g1, which stands in `.grad`, to ĝ.
 
@@ -81,8 +149,7 @@ class SecondPass:
                     ...  # forward and backward, from the random state and the buffers of the first pass
 
     Args:
-        anatomy: of the model.
-        parameters: the selected parameters.
+        displacer: moves the selected parameters.
         others: further parameters, whose gradient the displaced passes must not touch.
         method: scheme, ascent, cap and policy.
         strength: γ and ε of this step.
@@ -90,14 +157,11 @@ class SecondPass:
         deferred: combine when the pass has ended, since it holds several backward passes.
         is_local: g1 is this rank's own, and only ĝ is averaged over ranks.
         is_replicated: ranks average g2 after it arrived.
-        displacement: owns the extra copy of the weights.
-        diagnostics: receives the measurements.
     """
 
     def __init__(
         self,
-        anatomy: Anatomy,
-        parameters: Sequence[nn.Parameter],
+        displacer: Displacer,
         others: Sequence[Tensor],
         method: Method,
         strength: Strength,
@@ -106,11 +170,10 @@ class SecondPass:
         deferred: bool,
         is_local: bool,
         is_replicated: bool,
-        displacement: Displacement,
-        diagnostics: Diagnostics,
     ) -> None:
-        self._anatomy = anatomy
-        self._parameters = parameters
+        self._displacer = displacer
+        self._anatomy, self._diagnostics = displacer.anatomy, displacer.diagnostics
+        self._parameters = parameters = list(displacer.named.values())
         self._others = others
         self._method = method
         self._strength = strength
@@ -118,9 +181,7 @@ class SecondPass:
         self._deferred = deferred
         self._is_local = is_local
         arrives_in_parts = is_replicated and not (is_local or deferred or method.needs_whole)
-        self._measures_late = diagnostics.is_wanted and arrives_in_parts
-        self._displacement = displacement
-        self._diagnostics = diagnostics
+        self._measures_late = self._diagnostics.is_wanted and arrives_in_parts
         gradients = [p.grad for p in parameters if p.grad is not None]
         self._norm = vectors.norm(gradients) if gradients else torch.zeros(())
         self._usable = self._norm.isfinite() & (self._norm > 0)
@@ -139,9 +200,14 @@ class SecondPass:
     def num_passes(self) -> int:
         return len(self._method.scheme.stencil)
 
+    @property
+    def squared_norm(self) -> float:
+        """‖g1‖² without the loss scale; reading it waits for an accelerator."""
+        return float((self._norm / self._grad_scale).square())
+
     def skip(self) -> None:
-        """Leave g1: a gradient that is zero or not finite has no direction."""
-        self._diagnostics.count(self._usable)
+        """Leave g1: a gradient that is zero or not finite has no direction, and a schedule may not want the pass."""
+        self._diagnostics.count(torch.zeros_like(self._usable))
         self._diagnostics.record(self._norm / self._grad_scale, None)
 
     @contextmanager
@@ -163,11 +229,12 @@ class SecondPass:
         node, weight = stencil[k]
         is_last = k == len(stencil) - 1
         wanted = self._diagnostics.is_wanted and not self._measures_late
-        measured = Measured(self._norm, self._strength.ratio * weight, wanted)
+        share, cap = self._strength.share, self._method.cap
+        measured = Measured(self._norm, self._strength.ratio * weight, wanted, share)
         kept = [None if g is None else g.clone() for g in self._first] if is_last and self._measures_late else []
         with ExitStack() as stack:
-            stack.callback(self._displacement.close)
-            self._displace(node * self._strength.epsilon)
+            radius = node * self._strength.epsilon
+            stack.enter_context(self._displacer.standing(radius, self._first, self._grad_scale, self._norm))
             if is_last:
                 combination = Combination(
                     self._parameters,
@@ -176,7 +243,7 @@ class SecondPass:
                     measured,
                     deferred=self._deferred,
                     is_local=self._is_local,
-                    cap=self._method.cap,
+                    cap=None if cap is None else cap / share,
                     fall_back=self._method.fall_back,
                 )
                 self._first = []  # from here on each g1 is given back as its ĝ is made
@@ -187,18 +254,6 @@ class SecondPass:
             self._conclude(measured)
         else:
             self._earlier.append((take_gradients(self._parameters), weight / stencil[-1][1]))
-
-    def _displace(self, radius: float) -> None:
-        moving = [i for i, g in enumerate(self._first) if g is not None]
-        parameters = [self._parameters[i] for i in moving]
-        gradients = [g for g in self._first if g is not None]
-        with torch.no_grad():
-            direction, scale = self._method.ascent([p.data for p in parameters], gradients, self._grad_scale)
-            step = torch.where(self._usable, torch.full_like(self._norm, radius) * scale, 0.0)
-            self._displacement.open(self._anatomy.modules, parameters, step, direction)
-            low_precision = vectors.is_low_precision(parameters)
-            if low_precision or self._diagnostics.is_wanted:
-                self._diagnostics.record_realized(self._displacement.applied(), step, direction, low_precision)
 
     def _conclude(self, measured: Measured) -> None:
         if not vectors.is_readable(self._usable):

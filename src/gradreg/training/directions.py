@@ -1,0 +1,202 @@
+"""The direction of the displacement: an ascent of this step's gradient, or one that is known before any pass.
+
+What is known beforehand needs no first gradient, so with γ = ε a step is one pass, ∇L(θ + εd).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradreg import _vectors as vectors
+from gradreg.functional.ascents import ASCENTS, Ascent, Scale, resolve_ascent
+
+BUFFERS = ("momentum_buffer", "exp_avg")
+"""Where optimizers of torch keep their momentum."""
+
+
+@dataclass(frozen=True, repr=False)
+class Momentum:
+    r"""$d = \pm v/\|v\|$ with the base optimizer's momentum v: MSAM, one pass, no memory beyond that momentum.
+
+    The sign is explicit: −1, the authors' choice, looks ahead, along the way that the next step will go, and is
+    Nesterov's point with a length of its own; +1 looks back uphill. Only with γ = ε, or with a `Split` or `Fraction`
+    of the batch. v is that of all selected parameters, before this step's update; without one (the first step) the
+    step is plain. BatchNorm statistics and the returned loss are those at the displaced point, and parameters outside
+    the selection receive their gradient there too.
+
+    Args:
+        optimizer: holds a momentum for the selected parameters: SGD or RMSprop with momentum, Adam and its relatives.
+        sign: −1 or +1.
+
+    Raises:
+        ValueError: another sign.
+        TypeError: not an optimizer.
+
+    References:
+        Becker et al., [Momentum-SAM](https://arxiv.org/abs/2401.12033), 2024.
+
+    Example:
+        >>> Momentum(torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1, momentum=0.9))
+        Momentum(SGD, sign=-1)
+    """
+
+    optimizer: Any
+    sign: int = -1
+
+    def __post_init__(self) -> None:
+        _check_sign(self.sign)
+        if not (hasattr(self.optimizer, "param_groups") and hasattr(self.optimizer, "state")):
+            raise TypeError(f"optimizer must be a built torch.optim.Optimizer, got {self.optimizer!r}.")
+
+    def __repr__(self) -> str:
+        return f"Momentum({type(self.optimizer).__name__}, sign={self.sign})"
+
+    def check(self, named: Mapping[str, nn.Parameter]) -> None:
+        """Refuse an optimizer that holds no momentum for one of the parameters."""
+        groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
+        kind = type(self.optimizer).__name__
+        if kind == "ZeroRedundancyOptimizer":
+            raise ValueError(
+                "ascent=Momentum(optimizer) needs the whole momentum on every rank, which ZeroRedundancyOptimizer "
+                "spreads: use ascent=Previous()."
+            )
+        for name, p in named.items():
+            if p not in groups:
+                raise ValueError(
+                    f"ascent=Momentum(optimizer): the optimizer does not hold the selected parameter {name!r}; give it "
+                    "all of them, or select those that it holds (include, exclude)."
+                )
+            if not _has_momentum(groups[p]):
+                raise ValueError(
+                    f"ascent=Momentum(optimizer) needs an optimizer with momentum, got {kind} without: use "
+                    "SGD(..., momentum=0.9), an Adam, or ascent=Previous()."
+                )
+
+    def vector(self, p: nn.Parameter) -> Tensor | None:
+        state = self.optimizer.state.get(p, {})
+        return next((state[key] for key in BUFFERS if state.get(key) is not None), None)
+
+
+@dataclass(frozen=True)
+class Previous:
+    r"""$d = \pm g/\|g\|$ with g the gradient of the step before, as it stood in `.grad`: one pass.
+
+    SAM with an ascent that is a batch and a step old. Holds a copy of the gradients from step to step, which
+    `state_dict()` saves. The rest is as for `Momentum`.
+
+    Args:
+        sign: +1 goes uphill, as SAM does; −1 looks ahead.
+
+    Raises:
+        ValueError: another sign.
+
+    References:
+        The gradient of another batch as ascent: Xie et al., [SAMPa](https://arxiv.org/abs/2410.10683), NeurIPS 2024,
+        which takes it on a second device.
+
+    Example:
+        >>> Previous()
+        Previous(sign=1)
+    """
+
+    sign: int = 1
+
+    def __post_init__(self) -> None:
+        _check_sign(self.sign)
+
+
+Choice = str | Ascent | Momentum | Previous
+
+
+def resolve(ascent: Choice) -> Ascent | Momentum | Previous:
+    """The ascent of that name, or the value itself."""
+    if isinstance(ascent, (Momentum, Previous)):
+        return ascent
+    if ascent in ("momentum", "previous"):
+        made = "Momentum(optimizer)" if ascent == "momentum" else "Previous()"
+        raise ValueError(f"ascent must be one of {sorted(ASCENTS)} or a value, got {ascent!r}: pass gradreg.{made}.")
+    return resolve_ascent(ascent)
+
+
+class Directions:
+    """Finds d; remembers the gradients of the step before where that is what d is made of."""
+
+    def __init__(self, ascent: Ascent | Momentum | Previous) -> None:
+        self._ascent = ascent
+        self._previous: dict[str, Tensor] = {}
+
+    @property
+    def are_known(self) -> bool:
+        """Whether d is there before any pass."""
+        return isinstance(self._ascent, (Momentum, Previous))
+
+    def find(
+        self, named: Mapping[str, nn.Parameter], gradients: Sequence[Tensor | None], grad_scale: Scale
+    ) -> tuple[list[nn.Parameter], Sequence[Tensor], Scale]:
+        """The parameters that move, and d = scale · vectors.
+
+        `gradients` holds `grad_scale` · ∇L; it is not looked at where d is known.
+        """
+        ascent = self._ascent
+        if isinstance(ascent, (Momentum, Previous)):
+            found = {p: v for name, p in named.items() if (v := self._known(ascent, name, p)) is not None}
+            if not found:
+                return [], [], 0.0
+            length = vectors.norm(list(found.values()))
+            usable = length.isfinite() & (length > 0)
+            return list(found), list(found.values()), torch.where(usable, ascent.sign / length, 0.0)
+        moving = [(p, g) for p, g in zip(named.values(), gradients) if g is not None]
+        parameters, present = [p for p, _ in moving], [g for _, g in moving]
+        return parameters, *ascent([p.data for p in parameters], present, grad_scale)
+
+    def _known(self, ascent: Momentum | Previous, name: str, p: nn.Parameter) -> Tensor | None:
+        return ascent.vector(p) if isinstance(ascent, Momentum) else self._previous.get(name)
+
+    def remember(self, named: Mapping[str, nn.Parameter]) -> None:
+        """The step is done: its gradients are the previous ones now. What is not finite is forgotten."""
+        if not isinstance(self._ascent, Previous):
+            return
+        with torch.no_grad():
+            for name, p in named.items():
+                g = p.grad.to_dense() if p.grad is not None and p.grad.is_sparse else p.grad
+                if g is None:
+                    self._previous.pop(name, None)
+                elif name in self._previous and self._previous[name].shape == g.shape:
+                    vectors.copy_([self._previous[name]], [g])
+                else:
+                    self._previous[name] = g.detach().clone()
+            for kept in self._previous.values():
+                if not vectors.is_readable(kept):
+                    vectors.local(kept).nan_to_num_(0.0, 0.0, 0.0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self._previous)
+
+    def load_state_dict(self, state: Mapping[str, Tensor], named: Mapping[str, nn.Parameter]) -> None:
+        """
+        Raises:
+            ValueError: gradients of other parameters or shapes than those that are selected; nothing is changed.
+        """
+        for name, g in state.items():
+            if name not in named or named[name].shape != g.shape:
+                raise ValueError(
+                    f"state_dict['previous'] holds {name!r} of shape {tuple(g.shape)}, which is no selected parameter: "
+                    "load it into the model and selection that it was saved from."
+                )
+        with torch.no_grad():
+            self._previous = {name: g.to(named[name].device, copy=True) for name, g in state.items()}
+
+
+def _check_sign(sign: int) -> None:
+    if sign not in (-1, 1):
+        raise ValueError(f"sign must be −1 (ahead) or +1 (uphill), got {sign!r}.")
+
+
+def _has_momentum(group: Mapping[str, Any]) -> bool:
+    betas = group.get("betas")
+    return bool(group.get("momentum")) or (betas is not None and float(betas[0]) > 0)
