@@ -70,8 +70,10 @@ def wrapped(kind: str, frozen: bool = False) -> nn.Module:
 def train(model: nn.Module, rows: tuple[torch.Tensor, torch.Tensor], door: str, **options: Any) -> dict[str, Any]:
     """Three steps; the weights and the diagnostics."""
     x, y = rows
-    regularizer = gradreg.GradientRegularizer(model, GAMMA, EPSILON, **options)
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    if options.get("ascent") == "momentum":
+        options["ascent"] = gradreg.Momentum(base)
+    regularizer = gradreg.GradientRegularizer(model, options.pop("gamma", GAMMA), EPSILON, **options)
     wrapper = gradreg.RegularizedOptimizer(base, regularizer)
 
     def loss() -> torch.Tensor:
@@ -87,6 +89,8 @@ def train(model: nn.Module, rows: tuple[torch.Tensor, torch.Tensor], door: str, 
         base.zero_grad()
         if door == "backward":
             regularizer.backward(loss)
+        elif door == "batch":
+            regularizer.backward(lambda batch: F.cross_entropy(model(batch[0]), batch[1]), [(x, y)])
         elif door == "window":
             halves = list(zip(x.chunk(2), y.chunk(2)))
             regularizer.backward(lambda batch: F.cross_entropy(model(batch[0]), batch[1]) / 2, halves)
@@ -166,6 +170,25 @@ def _local_by_hand(x: torch.Tensor, y: torch.Tensor, gamma: float, epsilon: floa
         dist.all_reduce(g)
         g /= 2
     return combined
+
+
+def local_modes(rank: int, batch: Any, ascent: Any) -> dict[str, Any]:
+    """ĝ with a local ascent, and the mean over ranks of what each makes of its own rows by itself."""
+    x, y = make_data()
+    rows = [(x[rank::2], y[rank::2])]
+
+    def gradients(model: nn.Module, **options: Any) -> list[torch.Tensor]:
+        regularizer = gradreg.GradientRegularizer(model, GAMMA, EPSILON, batch=batch, ascent=ascent, **options)
+        for _ in range(2):
+            model.zero_grad()
+            regularizer.backward(lambda b: F.cross_entropy(model(b[0]), b[1]), rows)
+        return [p.grad.clone() for p in model.parameters()]
+
+    by_hand = gradients(make_model())
+    for g in by_hand:
+        dist.all_reduce(g)
+        g /= 2
+    return {"engine": gradients(wrapped("ddp"), ascent_sync="local"), "by hand": by_hand}
 
 
 # Low precision.

@@ -20,6 +20,18 @@ CASES = [
         for door in ("window", "perturbed", "closure")
         for options in ({"exclude": "*bias"}, {"cap": 0.02}, {"nonfinite": "first"}, {"frozen": True})
     ),
+    *(
+        {"door": door, "ascent": ascent, "gamma": ranks.EPSILON}
+        for door in ("backward", "window", "perturbed", "closure")
+        for ascent in ("momentum", gradreg.Previous())
+    ),
+    *({"door": door, "when": gradreg.LargeGradients()} for door in ("window", "perturbed", "closure")),
+    *(
+        {"door": door, "ascent": ascent, "batch": batch}
+        for door in ("batch", "window")
+        for ascent in ("gradient", "momentum", gradreg.Previous())
+        for batch in (gradreg.Fraction(0.25), gradreg.Split())
+    ),
 ]
 
 
@@ -35,7 +47,7 @@ def test_two_ranks_equal_one_process(kind, k):
         together, alone = of_rank[k]
         for ours, theirs in zip(together["weights"], alone["weights"]):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
-        assert together["diagnostics"] == pytest.approx(alone["diagnostics"], rel=1e-9)
+        assert together["diagnostics"] == pytest.approx(alone["diagnostics"], rel=1e-9, nan_ok=True)
 
 
 LOCAL = list(product([0.05, 0.1], [0.1], ["gradient", "normalized"], [1, 2]))
@@ -55,6 +67,16 @@ def test_a_local_ascent_averages_once(k):
         for ours, by_hand in zip(result["engine"], result["by hand"]):
             torch.testing.assert_close(ours, by_hand, rtol=0, atol=1e-14)
         assert result["averaged"] == result["buckets"], "as in plain training: each bucket once"
+
+
+MODES = list(product([gradreg.Fraction(0.25), gradreg.Split()], ["gradient", "normalized"]))
+
+
+@pytest.mark.parametrize("k", range(len(MODES)), ids=[str(mode) for mode in MODES])
+def test_a_local_ascent_of_a_divided_batch_is_the_mean_over_ranks(k):
+    for of_rank in played(ranks.local_modes, tuple(MODES)):
+        for ours, by_hand in zip(of_rank[k]["engine"], of_rank[k]["by hand"]):
+            torch.testing.assert_close(ours, by_hand, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("k", [0, 1], ids=["γ < ε", "γ = ε"])
