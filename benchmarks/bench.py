@@ -1,6 +1,7 @@
 """What a step costs: time and memory of each method against plain SGD, measured side by side.
 
-    make bench                      # the table, about 6 minutes on two cores
+    make bench                      # the tables, about 10 minutes on two cores
+    make bench ARGS="--only cheap"  # the modes below two passes alone
     make bench ARGS="--rounds 5"    # quicker and noisier
     make bench ARGS="--device cuda" # also: synchronizations in a step, and capture in a CUDA graph
 
@@ -8,6 +9,9 @@ Time: in each round every method makes one step, in an order that rotates; its r
 the same round, so that a drift of the machine cancels. Printed is the median over rounds with a 95 % interval by
 bootstrap. Every method has a model of its own. On the host the heap is kept from being returned to the kernel in
 between. `gradreg.lab.cost.steps` does the measuring, for this table and for `gradreg cost`.
+
+The modes below two passes have a table of their own, against SGD with momentum; beside each stands what it must pay,
+the same passes with no method, and its overhead is the difference.
 
 Memory: the largest number of bytes held at once in the second step from a fresh model, less the same of SGD, in copies
 of the parameters; `at batch 1` shows weights and gradients alone, since there the activations are small.
@@ -31,8 +35,8 @@ Step = Callable[[], object]
 LEARNING_RATE = 1e-4  # small: the timed weights should stay where they are
 
 
-def sgd(problem: Problem) -> Step:
-    optimizer = torch.optim.SGD(problem.model.parameters(), lr=LEARNING_RATE)
+def sgd(problem: Problem, momentum: float = 0.0) -> Step:
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=LEARNING_RATE, momentum=momentum)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -97,6 +101,78 @@ def peer_sam(problem: Problem) -> Step:
     return step
 
 
+# Below two passes.
+
+RHO = 0.5
+Make = Callable[[torch.nn.Module, torch.optim.Optimizer], gradreg.GradientRegularizer]
+
+
+def with_momentum(make: Make) -> Callable[[Problem], Step]:
+    def build(problem: Problem) -> Step:
+        optimizer = torch.optim.SGD(problem.model.parameters(), lr=LEARNING_RATE, momentum=0.9)
+        regularizer = make(problem.model, optimizer)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            regularizer.backward(problem.loss, [problem.batch])
+            optimizer.step()
+
+        return step
+
+    return build
+
+
+def parts(*shares: tuple[float, float]) -> Callable[[Problem], Step]:
+    """Passes over parts of the batch, from one share of its rows to another, and one optimizer step."""
+
+    def build(problem: Problem) -> Step:
+        optimizer = torch.optim.SGD(problem.model.parameters(), lr=LEARNING_RATE, momentum=0.9)
+        x, y = problem.batch
+        bounds = [(round(a * len(x)), round(b * len(x))) for a, b in shares]
+
+        def step() -> None:
+            optimizer.zero_grad()
+            for a, b in bounds:
+                (problem.loss((x[a:b], y[a:b])) * ((b - a) / len(x))).backward()
+            optimizer.step()
+
+        return step
+
+    return build
+
+
+def norm_layers(model: torch.nn.Module) -> tuple[type[torch.nn.Module], ...]:
+    kinds = (torch.nn.LayerNorm, torch.nn.BatchNorm2d)
+    return tuple(kind for kind in kinds if any(isinstance(m, kind) for m in model.modules()))
+
+
+SPLIT, TENTH = gradreg.Split(), gradreg.Fraction(0.1)
+CHEAP: dict[str, tuple[Callable[[Problem], Step], str]] = {
+    "SGD, momentum": (lambda problem: sgd(problem, 0.9), ""),
+    "γ = 0": (with_momentum(lambda m, o: gradreg.GradientRegularizer(m, 0, RHO)), "SGD, momentum"),
+    "MSAM, gradreg.msam": (with_momentum(lambda m, o: gradreg.msam(m, o, RHO)), "SGD, momentum"),
+    "Previous": (
+        with_momentum(lambda m, o: gradreg.GradientRegularizer(m, RHO, RHO, ascent=gradreg.Previous())),
+        "SGD, momentum",
+    ),
+    "two halves, no method": (parts((0, 0.5), (0.5, 1)), ""),
+    "Split, momentum": (
+        with_momentum(
+            lambda m, o: gradreg.GradientRegularizer(m, RHO / 2, RHO, ascent=gradreg.Momentum(o), batch=SPLIT)
+        ),
+        "two halves, no method",
+    ),
+    "tenth twice and rest, no method": (parts((0, 0.1), (0, 0.1), (0.1, 1)), ""),
+    "Fraction(0.1)": (
+        with_momentum(lambda m, o: gradreg.GradientRegularizer(m, 0.05, 0.2, batch=TENTH)),
+        "tenth twice and rest, no method",
+    ),
+    "SAM of norm layers": (with_momentum(lambda m, o: gradreg.sam(m, RHO, include=norm_layers(m))), ""),
+    "F-GR": (with_momentum(lambda m, o: gradreg.GradientRegularizer(m, 0.05, 0.1)), ""),
+}
+"""Each with the row that it is compared with: the same passes and nothing else."""
+
+
 METHODS: dict[str, Callable[[Problem], Step]] = {
     "SGD": sgd,
     "two passes, no method": two_passes,
@@ -112,7 +188,7 @@ METHODS: dict[str, Callable[[Problem], Step]] = {
 def build(name: str, method: str, device: torch.device, **size: int) -> tuple[Problem, Step]:
     torch.manual_seed(0)
     problem = PROBLEMS[name](device, **size)
-    return problem, METHODS[method](problem)
+    return problem, (METHODS[method] if method in METHODS else CHEAP[method][0])(problem)
 
 
 def times(name: str, methods: list[str], device: torch.device, rounds: int) -> dict[str, list[float]]:
@@ -126,10 +202,10 @@ def peak_bytes(name: str, method: str, device: torch.device, **size: int) -> int
 
 
 def copies(name: str, methods: list[str], device: torch.device, **size: int) -> dict[str, float]:
-    """Peak memory beyond SGD's, in copies of the parameters."""
-    problem, _ = build(name, "SGD", device)
+    """Peak memory beyond that of the first method, in copies of the parameters."""
+    problem, _ = build(name, methods[0], device)
     parameters = sum(p.numel() * p.element_size() for p in problem.model.parameters())
-    base = peak_bytes(name, "SGD", device, **size)
+    base = peak_bytes(name, methods[0], device, **size)
     return {method: (peak_bytes(name, method, device, **size) - base) / parameters for method in methods}
 
 
@@ -184,10 +260,39 @@ def import_milliseconds(repeats: int = 7) -> tuple[float, float]:
     return tuple(1e3 * statistics.median(column) for column in zip(*pairs))  # type: ignore[return-value]
 
 
+def show(name: str, methods: list[str], device: torch.device, rounds: int) -> None:
+    """A table; the first method is the one that the others are relative to."""
+    base, *_ = methods
+    seconds = times(name, methods, device, rounds)
+    full = copies(name, methods, device)
+    lean = copies(name, methods, device, batch=1 if base == "SGD" and name != "ResNet-18" else 2)
+    few = "batch 1" if base == "SGD" else "batch 2"
+    print(f"\n{name}: {base} {1e3 * statistics.median(seconds[base]):.1f} ms a step")
+    print(f"  {'':32}{'time':>20}   memory beyond {base}, in copies of the parameters")
+    for method in methods:
+        ratio = costs.median_ratio(seconds[method], seconds[base])
+        shown = f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+        print(
+            f"  {method:32}{shown:>20}   {lean[method]:5.2f} at {few}, {full[method]:5.2f} at full batch"
+            f"{_overhead(method, base, seconds)}"
+        )
+
+
+def _overhead(method: str, base: str, seconds: dict[str, list[float]]) -> str:
+    """What a mode takes beyond its passes, in percent of the step of the first method."""
+    passes = CHEAP[method][1] if method in CHEAP else ""
+    if not passes:
+        return ""
+    shares = [100 * (a - b) / c for a, b, c in zip(seconds[method], seconds[passes], seconds[base])]
+    middle = costs.median_ratio(shares, [1.0] * len(shares))
+    return f"   overhead {middle.median:+.1f} % [{middle.low:+.1f}, {middle.high:+.1f}]"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory of a step, relative to plain SGD.")
     parser.add_argument("--rounds", type=int, default=41, help="paired rounds for each model")
     parser.add_argument("--models", nargs="*", default=list(PROBLEMS), choices=list(PROBLEMS))
+    parser.add_argument("--only", choices=["two", "cheap"], help="one of the two tables")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     costs.keep_heap()
@@ -202,15 +307,11 @@ def main() -> None:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {where}, {arguments.rounds} rounds; ratios to SGD: median [95 % interval]")
     for name in arguments.models:
-        seconds = times(name, methods, device, arguments.rounds)
-        full = copies(name, methods, device)
-        lean = copies(name, methods, device, batch=1 if name != "ResNet-18" else 2)
-        print(f"\n{name}: SGD {1e3 * statistics.median(seconds['SGD']):.1f} ms a step")
-        print(f"  {'':26}{'time':>20}   memory beyond SGD, in copies of the parameters")
-        for method in methods:
-            ratio = costs.median_ratio(seconds[method], seconds["SGD"])
-            shown = f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
-            print(f"  {method:26}{shown:>20}   {lean[method]:5.2f} at batch 1, {full[method]:5.2f} at full batch")
+        if arguments.only != "cheap":
+            show(name, methods, device, arguments.rounds)
+        if arguments.only != "two":
+            has_norms = bool(norm_layers(build(name, "SGD, momentum", device)[0].model))
+            show(name, [m for m in CHEAP if has_norms or "norm layers" not in m], device, arguments.rounds)
     torch_time, ours = import_milliseconds()
     print(f"\nimport torch {torch_time:.0f} ms, import gradreg adds {ours:.0f} ms (median of 7 fresh interpreters)")
     if device.type == "cuda":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,14 +14,15 @@ from gradreg.lab.models.vision import resnet
 
 @dataclass(frozen=True)
 class Problem:
-    """A model and the loss of its one batch."""
+    """A model, its one batch of inputs and labels, and the loss of a batch."""
 
     model: nn.Module
-    loss_of: Callable[[nn.Module], Tensor]
+    batch: tuple[Tensor, Tensor]
 
-    def loss(self) -> Tensor:
+    def loss(self, batch: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Runs a forward pass."""
-        return self.loss_of(self.model)
+        x, y = self.batch if batch is None else batch
+        return F.cross_entropy(self.model(x).flatten(0, -2), y.flatten())
 
 
 def mlp(device: torch.device, depth: int = 10, width: int = 512, batch: int = 128) -> Problem:
@@ -32,7 +32,7 @@ def mlp(device: torch.device, depth: int = 10, width: int = 512, batch: int = 12
         layers += [nn.Linear(width, width), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Linear(width, 10)).to(device)
     x, y = torch.randn(batch, width, device=device), torch.randint(10, (batch,), device=device)
-    return Problem(model, lambda model: F.cross_entropy(model(x), y))
+    return Problem(model, (x, y))
 
 
 def resnet18(device: torch.device, width: int = 32, batch: int = 64) -> Problem:
@@ -40,14 +40,14 @@ def resnet18(device: torch.device, width: int = 32, batch: int = 64) -> Problem:
     model = resnet(3, 10, width=width).to(device)
     x = torch.randn(batch, 3, 32, 32, device=device)
     y = torch.randint(10, (batch,), device=device)
-    return Problem(model, lambda model: F.cross_entropy(model(x), y))
+    return Problem(model, (x, y))
 
 
 def gpt(device: torch.device, depth: int = 4, width: int = 256, batch: int = 16) -> Problem:
     """A character-sized GPT on random tokens: vocabulary 256, 64 positions, 4 heads."""
     model = GPT(vocab=256, width=width, depth=depth, length=64).to(device)
     ids = torch.randint(256, (batch, 65), device=device)
-    return Problem(model, lambda model: F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()))
+    return Problem(model, (ids[:, :-1], ids[:, 1:]))
 
 
 PROBLEMS = {"MLP-10": mlp, "ResNet-18": resnet18, "GPT": gpt}
