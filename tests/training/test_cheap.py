@@ -725,6 +725,20 @@ def test_a_batch_that_cannot_be_divided_is_refused_and_nothing_is_lost(mode, cal
     assert regularizer.state_dict() == before[2]
 
 
+@pytest.mark.parametrize("ascent", ["momentum", "previous"])
+def test_a_one_pass_block_after_a_first_pass_is_refused(ascent):
+    problem = Problem()
+    optimizer = sgd(problem)
+    regularizer = CHEAP[ascent](problem, optimizer)
+    problem.loss().backward()
+    before = copy.deepcopy((problem.model.state_dict(), problem.gradients))
+    with pytest.raises(ValueError, match="run no pass before"), regularizer.perturbed():
+        problem.loss().backward()
+    assert_same(problem.model.state_dict(), before[0])
+    assert_same(problem.gradients, before[1])
+    assert regularizer.step == 0
+
+
 def test_a_schedule_that_parts_gamma_from_epsilon_is_refused_at_its_step():
     problem = Problem()
     optimizer = sgd(problem)

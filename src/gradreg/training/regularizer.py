@@ -382,7 +382,7 @@ class GradientRegularizer:
         counterpart. A step with γ = 0 still runs the block, since Python cannot skip it, and leaves g1.
 
         With a direction that is known beforehand (`Momentum`, `Previous`) there is no first pass: the block is the
-        whole step.
+        whole step, from empty gradients.
 
         Args:
             grad_scale: the loss scale that `.grad` carries; divide it out first with `scaler.unscale_(optimizer)`,
@@ -401,6 +401,7 @@ class GradientRegularizer:
         with self._door():
             strength = self._strength()
             if self._method.is_one_pass:
+                self._refuse_gradients()
                 with self._recorder.paused(), self._ahead(strength):
                     yield
                 return
@@ -469,6 +470,13 @@ class GradientRegularizer:
         with self._displacer().standing(strength.epsilon) as moving:
             self._diagnostics.count_pass(moving)
             yield
+
+    def _refuse_gradients(self) -> None:
+        if any(p.grad is not None for p in self.selection.parameters):
+            raise ValueError(
+                f"perturbed() with ascent={self._method.ascent} is the one pass of a step, and .grad holds a gradient "
+                "already: run no pass before, call zero_grad(set_to_none=True), and put a whole window into the block."
+            )
 
     def _refuse_division(self, door: str) -> None:
         if self._method.batch is not None:
