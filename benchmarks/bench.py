@@ -167,6 +167,15 @@ CHEAP: dict[str, tuple[Callable[[Problem], Step], str]] = {
         with_momentum(lambda m, o: gradreg.GradientRegularizer(m, 0.05, 0.2, batch=TENTH)),
         "tenth twice and rest, no method",
     ),
+    "twentieth twice and rest, no method": (parts((0, 0.05), (0, 0.05), (0.05, 1)), ""),
+    "Fraction(0.05), ahead": (
+        with_momentum(
+            lambda m, o: gradreg.GradientRegularizer(
+                m, 0.02, 0.3, batch=gradreg.Fraction(0.05), at=gradreg.Ahead(gradreg.Momentum(o), RHO)
+            )
+        ),
+        "twentieth twice and rest, no method",
+    ),
     "SAM of norm layers": (with_momentum(lambda m, o: gradreg.sam(m, RHO, include=norm_layers(m))), ""),
     "F-GR": (with_momentum(lambda m, o: gradreg.GradientRegularizer(m, 0.05, 0.1)), ""),
 }
@@ -268,12 +277,12 @@ def show(name: str, methods: list[str], device: torch.device, rounds: int) -> No
     lean = copies(name, methods, device, batch=1 if base == "SGD" and name != "ResNet-18" else 2)
     few = "batch 1" if base == "SGD" else "batch 2"
     print(f"\n{name}: {base} {1e3 * statistics.median(seconds[base]):.1f} ms a step")
-    print(f"  {'':32}{'time':>20}   memory beyond {base}, in copies of the parameters")
+    print(f"  {'':36}{'time':>20}   memory beyond {base}, in copies of the parameters")
     for method in methods:
         ratio = costs.median_ratio(seconds[method], seconds[base])
         shown = f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
         print(
-            f"  {method:32}{shown:>20}   {lean[method]:5.2f} at {few}, {full[method]:5.2f} at full batch"
+            f"  {method:36}{shown:>20}   {lean[method]:5.2f} at {few}, {full[method]:5.2f} at full batch"
             f"{_overhead(method, base, seconds)}"
         )
 

@@ -73,6 +73,8 @@ def train(model: nn.Module, rows: tuple[torch.Tensor, torch.Tensor], door: str, 
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     if options.get("ascent") == "momentum":
         options["ascent"] = gradreg.Momentum(base)
+    if options.pop("ahead", False):
+        options["at"] = gradreg.Ahead(gradreg.Momentum(base), rho=0.2)
     regularizer = gradreg.GradientRegularizer(model, options.pop("gamma", GAMMA), EPSILON, **options)
     wrapper = gradreg.RegularizedOptimizer(base, regularizer)
 

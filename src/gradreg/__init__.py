@@ -3,6 +3,7 @@
 from gradreg import functional
 from gradreg.functional import Flooding
 from gradreg.training import (
+    Ahead,
     Fraction,
     GradientRegularizer,
     LargeGradients,
@@ -23,6 +24,7 @@ from gradreg.training import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Ahead",
     "Flooding",
     "Fraction",
     "GradientRegularizer",

@@ -25,6 +25,8 @@ CASES = [
         for door in ("backward", "window", "perturbed", "closure")
         for ascent in ("momentum", gradreg.Previous())
     ),
+    *({"door": door, "ahead": True} for door in ("backward", "window", "closure")),
+    {"door": "batch", "ahead": True, "batch": gradreg.Fraction(0.25)},
     *({"door": door, "when": gradreg.LargeGradients()} for door in ("window", "perturbed", "closure")),
     *(
         {"door": door, "ascent": ascent, "batch": batch}

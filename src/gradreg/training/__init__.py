@@ -1,13 +1,14 @@
 """The engine around a real model: three doors, selection, schedules, presets."""
 
 from gradreg.training.batch import Fraction, Split
-from gradreg.training.directions import Momentum, Previous
+from gradreg.training.directions import Ahead, Momentum, Previous
 from gradreg.training.optimizer import RegularizedOptimizer
 from gradreg.training.presets import asam, gnp, msam, sam
 from gradreg.training.regularizer import GradientRegularizer
 from gradreg.training.schedule import LargeGradients, bernoulli, every, late, warmup
 
 __all__ = [
+    "Ahead",
     "Fraction",
     "GradientRegularizer",
     "LargeGradients",

@@ -5,6 +5,7 @@ What is known beforehand needs no first gradient, so with γ = ε a step is one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from gradreg import _vectors as vectors
 from gradreg.functional.ascents import ASCENTS, Ascent, Scale, resolve_ascent
+from gradreg.training.schedule import Schedule, check_number, value_at
 
 BUFFERS = ("momentum_buffer", "exp_avg")
 """Where optimizers of torch keep their momentum."""
@@ -110,6 +112,55 @@ class Previous:
         _check_sign(self.sign)
 
 
+@dataclass(frozen=True)
+class Ahead:
+    r"""All gradients of a step at $\tilde\theta = \theta + \rho d$ instead of θ, with d known beforehand.
+
+    $$\hat g = g_1 + \tfrac\gamma\epsilon (g_2 - g_1), \;
+    g_1 = \nabla L(\tilde\theta), g_2 = \nabla L(\tilde\theta + \epsilon d_1)$$
+
+    MSAM and a penalty in one step, at the price of the penalty: with `Fraction(q)` 1 + q passes. With γ = 0 it is MSAM
+    alone. Still one extra copy of the parameters. The loss, BatchNorm statistics and gradients outside the selection
+    are those at $\tilde\theta$. For `backward` and `step(closure)`; `perturbed()` begins when the first pass is over.
+
+    Args:
+        direction: `Momentum(optimizer)` or `Previous()`.
+        rho: ρ ≥ 0 in the units of the weights, a number or a function of the step.
+
+    Raises:
+        ValueError: ρ < 0 or not finite.
+        TypeError: another direction.
+
+    References:
+        Measured in docs/frontier.md; we know of no publication.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> Ahead(Momentum(optimizer), rho=1.0)
+        Ahead(direction=Momentum(SGD, sign=-1), rho=1.0)
+    """
+
+    direction: Momentum | Previous
+    rho: Schedule
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.direction, (Momentum, Previous)):
+            raise TypeError(f"direction must be gradreg.Momentum(optimizer) or Previous(), got {self.direction!r}.")
+        if not callable(self.rho):
+            check_number("rho", self.rho, 0, math.inf)
+
+    def radius(self, step: int) -> float:
+        """ρ at a step.
+
+        Raises:
+            ValueError: a schedule that gave a number < 0 or not finite.
+        """
+        radius = value_at(self.rho, step)
+        check_number("rho", radius, 0, math.inf)
+        return radius
+
+
 Choice = str | Ascent | Momentum | Previous
 
 
@@ -124,16 +175,26 @@ def resolve(ascent: Choice) -> Ascent | Momentum | Previous:
 
 
 class Directions:
-    """Finds d; remembers the gradients of the step before where that is what d is made of."""
+    """Finds d; remembers the gradients of the step before where that is what d is made of.
 
-    def __init__(self, ascent: Ascent | Momentum | Previous) -> None:
+    Args:
+        ascent: what d is made of.
+        moves_all: where d is known, parameters without a vector take part with 0.
+    """
+
+    def __init__(self, ascent: Ascent | Momentum | Previous, moves_all: bool = False) -> None:
         self._ascent = ascent
+        self._moves_all = moves_all
         self._previous: dict[str, Tensor] = {}
 
     @property
     def are_known(self) -> bool:
         """Whether d is there before any pass."""
         return isinstance(self._ascent, (Momentum, Previous))
+
+    @property
+    def remembers(self) -> bool:
+        return isinstance(self._ascent, Previous)
 
     def find(
         self, named: Mapping[str, nn.Parameter], gradients: Sequence[Tensor | None], grad_scale: Scale
@@ -149,6 +210,8 @@ class Directions:
                 return [], [], 0.0
             length = vectors.norm(list(found.values()))
             usable = length.isfinite() & (length > 0)
+            if self._moves_all:
+                found = {p: found[p] if p in found else torch.zeros_like(p) for p in named.values()}
             return list(found), list(found.values()), torch.where(usable, ascent.sign / length, 0.0)
         moving = [(p, g) for p, g in zip(named.values(), gradients) if g is not None]
         parameters, present = [p for p, _ in moving], [g for _, g in moving]
@@ -159,7 +222,7 @@ class Directions:
 
     def remember(self, named: Mapping[str, nn.Parameter]) -> None:
         """The step is done: its gradients are the previous ones now. What is not finite is forgotten."""
-        if not isinstance(self._ascent, Previous):
+        if not self.remembers:
             return
         with torch.no_grad():
             for name, p in named.items():

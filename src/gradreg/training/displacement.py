@@ -38,7 +38,8 @@ def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> NoRet
 class Displacement:
     """Moves parameters and puts them back; owns the one extra copy.
 
-    Between `open` and `close` every `state_dict()` of the model raises.
+    Between `open` and `close` every `state_dict()` of the model raises. Opened once more, it moves on from where the
+    weights stand, in the same memory; the next `close` goes back there, by the same sum as before and thus bitwise.
 
     Args:
         keeps_room: keep the copy from step to step; else it is given back with each parameter that is put back.
@@ -52,10 +53,13 @@ class Displacement:
         self._true: list[Tensor] = []
         self._is_back: list[bool] = []
         self._guarded: list[nn.Module] = []
+        self._stand: tuple[Tensor, Sequence[Tensor]] | None = None  # the step and direction that led here
+        self._moved_on: list[int] = []  # the parameters of a second move
 
     @property
-    def is_open(self) -> bool:
-        return bool(self._true)
+    def level(self) -> int:
+        """How many moves there are to be taken back."""
+        return bool(self._true) + bool(self._moved_on)
 
     def open(
         self,
@@ -65,6 +69,9 @@ class Displacement:
         direction: Sequence[Tensor],
     ) -> None:
         """θ ← θ + step · direction. Call `close` whatever happens, also if this raises."""
+        if self._true:
+            self._move_on(parameters, step, direction)
+            return
         self._make_room(parameters)
         # The list below is what makes close() put back; it is set before the first weight moves.
         true = [p.data for p in parameters]
@@ -76,18 +83,41 @@ class Displacement:
         self._guarded = [m for m in modules if m._parameters]
         for module in self._guarded:
             module._state_dict_pre_hooks[_GUARD] = _refuse_state_dict  # type: ignore[index]
-        targets = [c if pointing else t for c, t, pointing in zip(self._copies, true, self._pointing)]
-        sources = [t if pointing else c for c, t, pointing in zip(self._copies, true, self._pointing)]
-        vectors.add_scaled(sources, step, direction, out=targets)
+        self._stand = step, direction
+        vectors.add_scaled(self._sources(), step, direction, out=self._targets())
         for p, copy, pointing in zip(parameters, self._copies, self._pointing):
             if pointing:
                 p.data = copy
         torch.clear_autocast_cache()  # or autocast would serve low-precision copies of the weights of pass 1
 
+    def _sources(self) -> list[Tensor]:
+        """The true weights."""
+        return [t if pointing else c for c, t, pointing in zip(self._copies, self._true, self._pointing)]
+
+    def _targets(self) -> list[Tensor]:
+        """The displaced weights."""
+        return [c if pointing else t for c, t, pointing in zip(self._copies, self._true, self._pointing)]
+
+    def _move_on(self, parameters: Sequence[nn.Parameter], step: Tensor, direction: Sequence[Tensor]) -> None:
+        places = {p: i for i, (p, _, _) in enumerate(self._places)}
+        self._moved_on = [places[p] for p in parameters]
+        targets = self._targets()
+        moving = [targets[i] for i in self._moved_on]
+        vectors.add_scaled(moving, step, direction, out=moving)
+        torch.clear_autocast_cache()
+
     def applied(self) -> Iterator[Tensor]:
-        """What was really added to each parameter, displaced − true, after rounding."""
-        for (p, _, _), copy, true, pointing in zip(self._places, self._copies, self._true, self._pointing):
-            yield copy - true if pointing else p.data - copy
+        """What the last move really added to each of its parameters, after rounding."""
+        sources, targets = self._sources(), self._targets()
+        if not self._moved_on:
+            yield from (target - source for source, target in zip(sources, targets))
+            return
+        assert self._stand is not None
+        step, direction = self._stand
+        for i in self._moved_on:
+            stood = torch.empty_like(targets[i])
+            vectors.add_scaled([sources[i]], step, [direction[i]], out=[stood])
+            yield targets[i] - stood
 
     def put_back(self, i: int) -> None:
         """Put one parameter back before the others, and give its copy back; only without `keeps_room`."""
@@ -100,7 +130,13 @@ class Displacement:
             self._copies[i] = self._true[i]
 
     def close(self) -> None:
-        """Put the weights back, bitwise and in their own storage."""
+        """Put the weights back to where the last move began, bitwise and in their own storage."""
+        if self._moved_on:
+            assert self._stand is not None
+            vectors.add_scaled(self._sources(), *self._stand, out=self._targets())
+            self._moved_on = []
+            torch.clear_autocast_cache()
+            return
         for module in self._guarded:
             module._state_dict_pre_hooks.pop(_GUARD, None)  # type: ignore[arg-type]
         self._guarded = []
@@ -114,7 +150,7 @@ class Displacement:
                 kept.append((true, self._copies[i]))
         if kept:
             vectors.copy_([true for true, _ in kept], [copy for _, copy in kept])
-        self._true = []
+        self._true, self._stand = [], None
         if not self._keeps_room:
             self._places, self._copies = [], []
         torch.clear_autocast_cache()

@@ -25,7 +25,7 @@ from gradreg.training.batch import Fraction, Split, cut, weighted
 from gradreg.training.calls import Backward, Examination, differentiate, run_closure
 from gradreg.training.combination import give_gradients, keeping_views, take_gradients
 from gradreg.training.diagnostics import Diagnostics, Realized
-from gradreg.training.directions import Choice, Directions, Momentum, Previous, resolve
+from gradreg.training.directions import Ahead, Choice, Directions, Momentum, resolve
 from gradreg.training.displacement import Displacement, EarlyReturn
 from gradreg.training.double_backward import ExactPenalty, check_supported
 from gradreg.training.hosts import loss_division
@@ -69,6 +69,7 @@ class GradientRegularizer:
         exclude: the same; taken away from what `include` matched.
         cap: the largest allowed ‖ĝ − g1‖/‖g1‖, or None. Holds one more copy of the gradients.
         batch: what the displaced pass sees: the whole batch (None), `Fraction(q)` of it, or its share of a `Split`.
+        at: where all gradients of a step are taken, if not at θ: `Ahead(Momentum(optimizer), rho)`.
         when: the second pass only in steps that pass a test, `LargeGradients()`.
         nonfinite: what to leave in `.grad` when g1 is finite and the second gradient is not: `"keep"` leaves the
             non-finite ĝ, so that a gradient scaler skips the step; `"first"` leaves g1, at one more copy of the
@@ -108,6 +109,7 @@ class GradientRegularizer:
         include: Rules | None = None,
         exclude: Rules = (),
         batch: Fraction | Split | None = None,
+        at: Ahead | None = None,
         when: LargeGradients | None = None,
         cap: float | None = None,
         nonfinite: str = "keep",
@@ -125,7 +127,7 @@ class GradientRegularizer:
             raise ValueError(f'ascent_sync must be "global" or "local", got {ascent_sync!r}.')
         self.gamma = gamma
         self.epsilon = epsilon
-        self._method = Method(resolve_scheme(scheme), resolve(ascent), cap, nonfinite == "first", batch)
+        self._method = Method(resolve_scheme(scheme), resolve(ascent), cap, nonfinite == "first", batch, at)
         self._ascent_sync = ascent_sync
         self._test = RunningTest(when) if when is not None else None
         check_together(self._method, gamma, epsilon, when, ascent_sync)
@@ -133,11 +135,13 @@ class GradientRegularizer:
             check_supported(model)
         self.model = model
         self.selection = Selection(model, include, exclude)
-        if isinstance(self._method.ascent, Momentum):
-            self._method.ascent.check(self.selection.named)
+        for known in (self._method.ascent, at.direction if at is not None else None):
+            if isinstance(known, Momentum):
+                known.check(self.selection.named)
         self.step = 0  # closed second passes, and what would have been one
         self._diagnostics = Diagnostics()
         self._directions = Directions(self._method.ascent)
+        self._ahead_directions = None if at is None else Directions(at.direction, moves_all=True)
         self._set_up()
 
     def _set_up(self) -> None:
@@ -161,6 +165,7 @@ class GradientRegularizer:
     def __repr__(self) -> str:
         method, test = self._method, self._test
         more = "" if method.batch is None else f", batch={method.batch}"
+        more += "" if method.at is None else f", at={method.at}"
         more += "" if test is None else f", when={test.rule}"
         return (
             f"GradientRegularizer(gamma={self.gamma}, epsilon={self.epsilon}, scheme={method.scheme.name!r}, "
@@ -208,7 +213,7 @@ class GradientRegularizer:
         calls = [loss_fn] if batches is None else [partial(loss_fn, batch) for batch in batches]
         if not calls:
             raise ValueError("batches must hold at least one micro-batch, got none.")
-        with self._door():
+        with self._door(), self._looking_ahead():
             strength = self._strength()
             if strength is None:
                 with self._recorder.paused():
@@ -398,6 +403,11 @@ class GradientRegularizer:
                 'backward(loss_fn), or scheme="forward" or "backward".'
             )
         self._refuse_division("perturbed()")
+        if self._method.at is not None:
+            raise ValueError(
+                f"perturbed() opens when the first pass is over, and at={self._method.at} moves that one too: use "
+                "backward(loss_fn) or step(closure)."
+            )
         with self._door():
             strength = self._strength()
             if self._method.is_one_pass:
@@ -443,7 +453,7 @@ class GradientRegularizer:
         known = set(self.selection.all)
         owned = self.selection.all if owned is None else owned
         others = [p for p in owned if p not in known]
-        with self._door(others):
+        with self._door(others), self._looking_ahead():
             strength = self._strength()
             if strength is None or self._method.is_one_pass:
                 with self._recorder.paused(), self._ahead(strength), torch.enable_grad():
@@ -469,6 +479,19 @@ class GradientRegularizer:
             return
         with self._displacer().standing(strength.epsilon) as moving:
             self._diagnostics.count_pass(moving)
+            yield
+
+    @contextmanager
+    def _looking_ahead(self) -> Iterator[None]:
+        """With `at`, all passes of a step from θ + ρd on."""
+        at, directions = self._method.at, self._ahead_directions
+        radius = 0.0 if at is None else at.radius(self.step)
+        if directions is None or radius == 0:
+            yield
+            return
+        named, diagnostics = self.selection.named, self._diagnostics
+        ahead = Displacer(self._anatomy, named, directions, self._displacement, diagnostics, measures=False)
+        with ahead.standing(radius):
             yield
 
     def _refuse_gradients(self) -> None:
@@ -497,7 +520,9 @@ class GradientRegularizer:
             self._ranks.agree(self._configuration)
             with keeping_views([*self.selection.all, *others]):
                 yield
-                self._directions.remember(self.selection.named)
+                for directions in (self._directions, self._ahead_directions):
+                    if directions is not None:
+                        directions.remember(self.selection.named)
             self.step += 1
         finally:
             self._recorder.forget()
@@ -515,6 +540,7 @@ class GradientRegularizer:
             "nonfinite": "first" if method.fall_back else "keep",
             "ascent_sync": self._ascent_sync,
             "batch": str(method.batch),
+            "at": str(method.at),
             "when": "None" if self._test is None else name_of(self._test.rule),
             "the selected parameters": ", ".join(self.selection.named),
             "the step": str(self.step),
@@ -569,9 +595,16 @@ class GradientRegularizer:
         state = {"step": self.step, **self._diagnostics.state_dict()}
         if self._test is not None:
             state["running_test"] = {"mean": self._test.mean, "variance": self._test.variance}
-        if isinstance(self._method.ascent, Previous):
-            state["previous"] = self._directions.state_dict()
+        if self._remembering is not None:
+            state["previous"] = self._remembering.state_dict()
         return state
+
+    @property
+    def _remembering(self) -> Directions | None:
+        """What carries gradients from step to step."""
+        if self._ahead_directions is not None:
+            return self._ahead_directions if self._ahead_directions.remembers else None
+        return self._directions if self._directions.remembers else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what `state_dict()` gave.
@@ -587,7 +620,8 @@ class GradientRegularizer:
             value = state_dict[name]
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"state_dict[{name!r}] must be an integer ≥ 0, got {value!r}.")
-        self._directions.load_state_dict(state_dict.get("previous", {}), self.selection.named)
+        if self._remembering is not None:
+            self._remembering.load_state_dict(state_dict["previous"], self.selection.named)
         if self._test is not None:
             self._test = RunningTest(self._test.rule, **state_dict["running_test"])
         self.step = state_dict["step"]

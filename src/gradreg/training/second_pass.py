@@ -21,7 +21,7 @@ from gradreg.training.anatomy import Anatomy
 from gradreg.training.batch import Fraction, Split
 from gradreg.training.combination import Combination, Gradients, Measured, give_gradients, take_gradients
 from gradreg.training.diagnostics import Diagnostics
-from gradreg.training.directions import Directions, Momentum, Previous
+from gradreg.training.directions import Ahead, Directions, Momentum, Previous
 from gradreg.training.displacement import Displacement
 from gradreg.training.replay import Moment
 from gradreg.training.schedule import Strength
@@ -36,6 +36,7 @@ class Method:
     cap: float | None  # the largest ‖ĝ − g1‖/‖g1‖
     fall_back: bool  # to g1, where the second gradient is not finite
     batch: Fraction | Split | None = None  # that the displaced pass sees
+    at: Ahead | None = None  # where all gradients are taken, if not at θ
 
     @property
     def is_one_pass(self) -> bool:
@@ -89,6 +90,7 @@ class Displacer:
         directions: finds d.
         displacement: owns the extra copy of the weights.
         diagnostics: receives what was realized.
+        measures: whether it does.
     """
 
     def __init__(
@@ -98,12 +100,14 @@ class Displacer:
         directions: Directions,
         displacement: Displacement,
         diagnostics: Diagnostics,
+        measures: bool = True,
     ) -> None:
         self.anatomy = anatomy
         self.named = named
         self.directions = directions
         self.displacement = displacement
         self.diagnostics = diagnostics
+        self._measures = measures
 
     @contextmanager
     def standing(
@@ -114,12 +118,14 @@ class Displacer:
         norm: Tensor | None = None,
     ) -> Iterator[list[nn.Parameter]]:
         """Within, the weights stand at θ + radius · d; yields the parameters that moved."""
+        level = self.displacement.level
         try:
             moving = self._displace(radius, gradients, grad_scale, norm)
             del gradients  # or they could not be given back while the passes run
             yield moving
         finally:
-            self.displacement.close()
+            if self.displacement.level > level:
+                self.displacement.close()
 
     def _displace(
         self, radius: float, gradients: Sequence[Tensor | None], grad_scale: Scale, norm: Tensor | None
@@ -135,7 +141,7 @@ class Displacer:
                 step = torch.where(norm.isfinite() & (norm > 0), torch.full_like(norm, radius) * scale, 0.0)
             self.displacement.open(self.anatomy.modules, moving, step, direction)
             low_precision = vectors.is_low_precision(moving)
-            if low_precision or self.diagnostics.is_wanted:
+            if self._measures and (low_precision or self.diagnostics.is_wanted):
                 self.diagnostics.record_realized(self.displacement.applied(), step, direction, low_precision)
         return moving
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gradreg.functional.schemes import SCHEMES
 from gradreg.training.batch import Fraction, Split
-from gradreg.training.directions import Momentum, Previous
+from gradreg.training.directions import Ahead, Momentum, Previous
 from gradreg.training.schedule import LargeGradients, Schedule, Strength
 from gradreg.training.second_pass import Method
 
@@ -27,11 +27,18 @@ def check_together(
             'ascent_sync="local" combines each gradient before the ranks average it, which cap, nonfinite="first" '
             'and the schemes "central" and "exact" cannot: leave them out, or use ascent_sync="global".'
         )
+    if method.at is not None and not isinstance(method.at, Ahead):
+        raise TypeError(f"at must be gradreg.Ahead(direction, rho) or None, got {method.at!r}.")
     is_known = isinstance(method.ascent, (Momentum, Previous))
     if is_known and scheme != SCHEMES["forward"]:
         raise ValueError(
             f'scheme must be "forward" with ascent={method.ascent}, got {scheme.name!r}: the other side has the other '
             "sign."
+        )
+    if method.at is not None and (is_known or isinstance(batch, Split)):
+        raise ValueError(
+            f"at={method.at} moves all passes, and ascent={method.ascent}, batch={batch} has moved its pass already: "
+            'use ascent="gradient" with at, on the whole batch or a Fraction of it.'
         )
     if isinstance(batch, Fraction) and scheme.is_exact:
         raise ValueError(f'scheme must not be "exact" with batch={batch}: use scheme="forward", or the whole batch.')
