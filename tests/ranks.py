@@ -97,7 +97,8 @@ def train(model: nn.Module, rows: tuple[torch.Tensor, torch.Tensor], door: str, 
             halves = list(zip(x.chunk(2), y.chunk(2)))
             regularizer.backward(lambda batch: F.cross_entropy(model(batch[0]), batch[1]) / 2, halves)
         elif door == "perturbed":
-            loss().backward()
+            if "ascent" not in options:  # else the block is the whole step
+                loss().backward()
             with regularizer.perturbed():
                 loss().backward()
         if door == "closure":
