@@ -3,12 +3,12 @@
 import copy
 import importlib
 import json
-import subprocess
+import os
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ranks
 import torch
 from torch.nn import functional as F
 
@@ -37,11 +37,12 @@ from gradreg.integrations.transformers import (
 GAMMA, EPSILON, VOCABULARY = 0.5, 0.4, 23
 
 
-def gpt2(dropout=0.0, seed=0):
+def gpt2(dropout=0.0, seed=0, **options):
     torch.manual_seed(seed)
     rates = {"attn_pdrop": dropout, "embd_pdrop": dropout, "resid_pdrop": dropout}
     sizes = {"vocab_size": VOCABULARY, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2}
-    return GPT2LMHeadModel(GPT2Config(**sizes, **rates, initializer_range=0.3, bos_token_id=0, eos_token_id=0))
+    options |= {"initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **rates, **options))
 
 
 def bert():
@@ -63,6 +64,11 @@ def rows(num=14, length=6):
     return [{"input_ids": t, "labels": y} for t, y in zip(tokens, labels)]
 
 
+def whole(t):
+    """A tensor, gathered where it is sharded."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
 class Witness(TrainerCallback):
     """Weights and gradients as the optimizer finds them, after clipping."""
 
@@ -70,8 +76,9 @@ class Witness(TrainerCallback):
         self.weights, self.gradients = [], []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.weights.append({n: p.detach().clone() for n, p in model.named_parameters()})
-        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        named = {n.removeprefix("module."): p for n, p in model.named_parameters()}
+        self.weights.append({n: whole(p).detach().clone() for n, p in named.items()})
+        self.gradients.append({n: whole(p.grad).clone() for n, p in named.items() if p.grad is not None})
 
 
 class Collator:
@@ -463,46 +470,106 @@ def test_evaluation_between_steps_changes_nothing(tmp_path):
     assert str(found.witness.gradients) == str(plain.witness.gradients)
 
 
-PROCESS = """
-import os
-import sys
-import torch
-from pathlib import Path
-folder, here = Path(sys.argv[1]), sys.argv[2]
-sys.path[:0] = [here]
-from test_transformers import RegularizedTrainer, Collator, Witness, arguments, gpt2, rows
-torch.set_num_threads(1)
-options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
-options |= {"train_sampling_strategy": "sequential", "target_penalty_ratio": 0.3, "max_steps": 2}
-witness = Witness()
-args = arguments(folder, ddp_find_unused_parameters=False, **options)
-trainer = RegularizedTrainer(gpt2(), args, train_dataset=rows(16), data_collator=Collator(), callbacks=[witness])
-trainer.train()
-if args.process_index == 0:
-    found = [{name.removeprefix("module."): g for name, g in step.items()} for step in witness.gradients]
-    torch.save((type(trainer.regularizer.model).__name__, found, trainer.regularizer_state()), folder / "found.pt")
-torch.distributed.barrier()
-os._exit(0)  # threads of gloo may outlive Python's end, and abort it
-"""
+# Two processes.
+
+TOGETHER = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "train_sampling_strategy": "sequential"}
+TOGETHER |= {"target_penalty_ratio": 0.3, "max_steps": 2}
+SHARDED = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": "GPT2Block"}}
+PLAN = {"transformer.h.*": "free_full_weight"}
 
 
-def test_two_processes_equal_one(tmp_path):
-    """DistributedDataParallel: windows, normalization, clipping, calibration."""
-    (tmp_path / "process.py").write_text(PROCESS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(tmp_path / "process.py"), str(tmp_path), str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    wrapper, gradients, state = torch.load(tmp_path / "found.pt")
-    assert wrapper == "DistributedDataParallel"
+class Sharded(RegularizedTrainer):
+    """The FSDP2 of accelerate, which has it on accelerators only, here on the host."""
+
+    def create_accelerator_and_postprocess(self):
+        from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
+
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        self.is_fsdp_enabled = True
+
+
+def share(folder, model, kind=RegularizedTrainer, resume=None, **options):
+    """One training on the rows in their order; what the optimizer saw, gathered from the shards."""
     witness = Witness()
-    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
-    options |= {"train_sampling_strategy": "sequential", "target_penalty_ratio": 0.3, "max_steps": 2}
-    args = arguments(tmp_path, **options)
-    trainer = RegularizedTrainer(gpt2(), args, train_dataset=rows(16), data_collator=Collator(), callbacks=[witness])
-    trainer.train()
-    torch.testing.assert_close(gradients, witness.gradients, rtol=1e-4, atol=1e-6)
-    assert state == pytest.approx(trainer.regularizer_state())
+    args = arguments(folder, **{**TOGETHER, **options})
+    trainer = kind(model, args, train_dataset=rows(16), data_collator=Collator(), callbacks=[witness])
+    trainer.train(resume_from_checkpoint=resume)
+    return {
+        "gradients": witness.gradients,
+        "state": trainer.regularizer_state(),
+        "model": type(trainer.regularizer.model).__name__,
+        "weights": [whole(p).detach().clone() for p in trainer.model.parameters()],
+    }
+
+
+def told(work, *args, **options):
+    with pytest.raises(ValueError, match="is not supported") as error:
+        work(*args, **options)
+    return str(error.value)
+
+
+def on_one_rank(rank, folder):
+    from transformers.distributed import DistributedConfig
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29556"}
+
+    def load(name):
+        return GPT2LMHeadModel.from_pretrained(
+            folder / name, distributed_config=DistributedConfig(fsdp_size=2, fsdp_plan=PLAN)
+        )
+
+    found = {
+        "DDP": share(folder, gpt2(), ddp_find_unused_parameters=False),
+        "FSDP2 at loading": share(folder, load("untied")),
+        "refused": [told(share, folder, gpt2(), **SHARDED), told(share, folder, load("tied"))],
+    }
+    found["FSDP2"] = share(folder, gpt2(), Sharded, **SHARDED)
+    longer = {**SHARDED, "max_steps": 4, "num_train_epochs": 2, "optim": "adamw_torch", "learning_rate": 0.01}
+    longer |= {"gamma_warmup_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    found["straight"] = share(folder / "straight", gpt2(dropout=0.2), Sharded, **longer)
+    checkpoint = str(folder / "straight" / "checkpoint-2")
+    found["resumed"] = share(folder / "resumed", gpt2(dropout=0.2, seed=5), Sharded, checkpoint, **longer)
+    return found
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_ranks")
+    gpt2().save_pretrained(folder / "tied")
+    gpt2(tie_word_embeddings=False).save_pretrained(folder / "untied")
+    return ranks.on_two_ranks(on_one_rank, folder)
+
+
+@pytest.mark.parametrize(
+    ("host", "wrapper"),
+    [("DDP", "DistributedDataParallel"), ("FSDP2", "FSDPGPT2LMHeadModel"), ("FSDP2 at loading", "FSDPGPT2LMHeadModel")],
+)
+def test_two_processes_equal_one(tmp_path, two_ranks, host, wrapper):
+    """Windows, normalization, clipping, calibration; tied weights but where they are refused."""
+    model = gpt2(tie_word_embeddings=host != "FSDP2 at loading")
+    alone = share(tmp_path, model, per_device_train_batch_size=4)
+    for found in two_ranks:
+        assert found[host]["model"] == wrapper
+        torch.testing.assert_close(found[host]["gradients"], alone["gradients"], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[host]["weights"], alone["weights"], rtol=1e-5, atol=1e-6)
+        assert found[host]["state"] == pytest.approx(alone["state"])
+
+
+def test_resume_is_exact_with_fsdp2(two_ranks):
+    for found in two_ranks:
+        assert found["resumed"]["state"] == found["straight"]["state"]
+        assert all(torch.equal(p, q) for p, q in zip(found["resumed"]["weights"], found["straight"]["weights"]))
+
+
+def test_sharding_that_would_be_silently_another_is_refused(two_ranks):
+    for found in two_ranks:
+        ignored, tied = found["refused"]
+        assert ignored.startswith("fsdp is not supported by RegularizedTrainer: accelerate shards on accelerators only")
+        assert tied.startswith("distributed_config is not supported by RegularizedTrainer: transformers 5.23 computes")
 
 
 # What is refused.
@@ -571,29 +638,42 @@ def test_arguments_without_the_fields_are_refused(tmp_path):
         RegularizedTrainer(gpt2(), arguments(tmp_path, TrainingArguments), train_dataset=rows())
 
 
+def sharded_when_loaded(tied=False, **sizes):
+    """A model as `from_pretrained(distributed_config=...)` leaves it, but for the shards."""
+    model = gpt2(tie_word_embeddings=tied)
+    model._is_distributed_loading_by_transformers = True
+    model.config.distributed_config = SimpleNamespace(**{"tp_size": 1, "pp_size": 1, "ep_size": 1, **sizes})
+    return model
+
+
 @pytest.mark.parametrize(
-    ("host", "setting"),
+    ("host", "message"),
     [
-        ({"is_deepspeed_enabled": True}, "deepspeed"),
-        ({"is_fsdp_enabled": True}, "fsdp_config"),
-        ({"n_gpu": 2}, "n_gpu"),
-        ({"parallelism_config": object()}, "parallelism_config"),
+        ({"is_deepspeed_enabled": True}, "deepspeed is not supported"),
+        ({"is_fsdp_enabled": True}, "fsdp_config is not supported .*: FSDP1 flattens"),
+        ({"n_gpu": 2}, "n_gpu is not supported"),
+        ({"parallelism_config": object()}, "parallelism_config is not supported"),
+        ({"fsdp": True}, "fsdp is not supported .*: accelerate shards on accelerators only"),
+        ({"model": sharded_when_loaded(tp_size=2)}, "distributed_config is not supported .*: tensor, pipeline"),
+        ({"model": sharded_when_loaded(tied=True)}, "distributed_config is not supported .* where weights are tied"),
+        ({"model": sharded_when_loaded()}, "distributed_config is not supported .* outside of the shards"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_hosts_that_are_refused(tmp_path, host, setting):
+def test_hosts_that_are_refused(tmp_path, host, message):
     args = arguments(tmp_path)
-    for name in ("n_gpu", "parallelism_config"):
+    for name in ("n_gpu", "parallelism_config", "fsdp"):
         if name in host:
             setattr(args, "_n_gpu" if name == "n_gpu" else name, host[name])
     plugin = SimpleNamespace(fsdp_version=1)
     trainer = SimpleNamespace(
         args=args,
+        model=host.get("model"),
         accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
         is_deepspeed_enabled=host.get("is_deepspeed_enabled", False),
         is_fsdp_enabled=host.get("is_fsdp_enabled", False),
     )
-    with pytest.raises(ValueError, match=f"^{setting} is not supported"):
+    with pytest.raises(ValueError, match=f"^{message}"):
         check_host(trainer)
 
 

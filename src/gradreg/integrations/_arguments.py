@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gradreg._vectors import is_sharded
 from gradreg.training.regularizer import GradientRegularizer
 from gradreg.training.schedule import Schedule, value_at, warmup
 
@@ -156,6 +157,11 @@ def check_host(trainer: Any) -> None:
             trainer.is_fsdp_enabled and version != 2,
             'FSDP1 flattens parameters; set {"version": 2}',
         ),
+        "fsdp": (
+            bool(getattr(args, "fsdp", None)) and not trainer.is_fsdp_enabled,
+            "accelerate shards on accelerators only, and would silently train under DistributedDataParallel here; on "
+            "CPUs leave it out, or shard with from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=n))",
+        ),
         "parallelism_config": (
             getattr(args, "parallelism_config", None) is not None,
             "tensor, context and sequence parallelism are not tested; use data parallelism",
@@ -170,6 +176,27 @@ def check_host(trainer: Any) -> None:
             f"{optimizer} moves the weights inside the first backward pass; use one that steps after it",
         ),
     }
+    refused["distributed_config"] = _sharded_when_loaded(trainer.model)
     for setting, (is_set, reason) in refused.items():
         if is_set:
             raise ValueError(f"{setting} is not supported by {type(trainer).__name__}: {reason}.")
+
+
+def _sharded_when_loaded(model: Any) -> tuple[bool, str]:
+    """Whether a model that `from_pretrained(distributed_config=...)` has sharded cannot be served, and why."""
+    if not getattr(model, "is_distributed_loading_by_transformers", False):
+        return False, ""
+    config = model.config.distributed_config
+    if max(config.tp_size, config.pp_size, config.ep_size) > 1:
+        return True, "tensor, pipeline and expert parallelism are not tested; use fsdp_size alone"
+    if model.all_tied_weights_keys:
+        return True, (
+            "transformers 5.23 computes with old weights after they moved, where weights are tied and sharded at "
+            'loading; shard with fsdp_config={"version": 2}, or untie them'
+        )
+    if not all(is_sharded(p) for p in model.parameters() if p.requires_grad):
+        return True, (
+            "trainable parameters outside of the shards (adapters) are not tested; shard them too, with "
+            'fsdp_config={"version": 2}'
+        )
+    return False, ""

@@ -60,8 +60,8 @@ class GradientRegularizationMixin(Trainer):
 
     Raises:
         TypeError: arguments without the fields.
-        ValueError: DeepSpeed, FSDP1, nn.DataParallel, tensor, context or sequence parallelism, and optimizers that step
-            inside the backward pass; whatever `GradientRegularizer` refuses.
+        ValueError: DeepSpeed, FSDP1, FSDP that accelerate would ignore, nn.DataParallel, tensor, context or sequence
+            parallelism, and optimizers that step inside the backward pass; whatever `GradientRegularizer` refuses.
         RuntimeError: a `training_step` that does not call `_prepare_inputs` exactly once.
     """
 
