@@ -1,4 +1,4 @@
-"""Two processes on one machine, and what they train: the workers behind tests/training/test_ranks.py."""
+"""Two processes on one machine, and what they train: the workers behind tests/training/test_ranks.py and others."""
 
 from __future__ import annotations
 
@@ -111,8 +111,12 @@ def train(model: nn.Module, rows: tuple[torch.Tensor, torch.Tensor], door: str, 
 
 def whole(model: nn.Module) -> list[torch.Tensor]:
     """The weights, gathered."""
-    weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
-    return [w.detach().clone() for w in weights]
+    return [gathered(p).detach().clone() for p in model.parameters()]
+
+
+def gathered(t: Any) -> torch.Tensor:
+    """All of a tensor, whether sharded or not."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def both(rank: int, kind: str, cases: Sequence[dict[str, Any]]) -> list[tuple[Any, Any]]:
@@ -316,3 +320,30 @@ def checkpointed(rank: int, kind: str, folder: str) -> dict[str, Any]:
     dcp.save(_state(model, optimizer), checkpoint_id=folder)
     _steps(model, optimizer, rows)
     return {"straight": whole(model), "resumed": resumed(kind, rows, folder)}
+
+
+# Trainers of transformers and TRL.
+
+
+def as_torchrun(rank: int, port: int) -> None:
+    """What torchrun would tell a process."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+class ShardedByAccelerate:
+    """Mixed into a trainer: the FSDP2 of accelerate, which has it on accelerators only, here on the host."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
+
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        state = self.accelerator.state
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        self.is_fsdp_enabled = True
+
+
+def sharding(layer: str) -> dict[str, Any]:
+    """The arguments of a trainer that shard a model by its layers."""
+    return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": layer}}

@@ -3,7 +3,6 @@
 import copy
 import importlib
 import json
-import os
 import sys
 from types import SimpleNamespace
 
@@ -64,11 +63,6 @@ def rows(num=14, length=6):
     return [{"input_ids": t, "labels": y} for t, y in zip(tokens, labels)]
 
 
-def whole(t):
-    """A tensor, gathered where it is sharded."""
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
-
-
 class Witness(TrainerCallback):
     """Weights and gradients as the optimizer finds them, after clipping."""
 
@@ -77,8 +71,8 @@ class Witness(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         named = {n.removeprefix("module."): p for n, p in model.named_parameters()}
-        self.weights.append({n: whole(p).detach().clone() for n, p in named.items()})
-        self.gradients.append({n: whole(p.grad).clone() for n, p in named.items() if p.grad is not None})
+        self.weights.append({n: ranks.gathered(p).detach().clone() for n, p in named.items()})
+        self.gradients.append({n: ranks.gathered(p.grad).clone() for n, p in named.items() if p.grad is not None})
 
 
 class Collator:
@@ -474,21 +468,12 @@ def test_evaluation_between_steps_changes_nothing(tmp_path):
 
 TOGETHER = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "train_sampling_strategy": "sequential"}
 TOGETHER |= {"target_penalty_ratio": 0.3, "max_steps": 2}
-SHARDED = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": "GPT2Block"}}
+SHARDED = ranks.sharding("GPT2Block")
 PLAN = {"transformer.h.*": "free_full_weight"}
 
 
-class Sharded(RegularizedTrainer):
-    """The FSDP2 of accelerate, which has it on accelerators only, here on the host."""
-
-    def create_accelerator_and_postprocess(self):
-        from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
-
-        super().create_accelerator_and_postprocess()
-        state = self.accelerator.state
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-        self.is_fsdp_enabled = True
+class Sharded(ranks.ShardedByAccelerate, RegularizedTrainer):
+    pass
 
 
 def share(folder, model, kind=RegularizedTrainer, resume=None, **options):
@@ -501,7 +486,7 @@ def share(folder, model, kind=RegularizedTrainer, resume=None, **options):
         "gradients": witness.gradients,
         "state": trainer.regularizer_state(),
         "model": type(trainer.regularizer.model).__name__,
-        "weights": [whole(p).detach().clone() for p in trainer.model.parameters()],
+        "weights": ranks.whole(trainer.model),
     }
 
 
@@ -514,8 +499,7 @@ def told(work, *args, **options):
 def on_one_rank(rank, folder):
     from transformers.distributed import DistributedConfig
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29556"}
+    ranks.as_torchrun(rank, port=29556)
 
     def load(name):
         return GPT2LMHeadModel.from_pretrained(

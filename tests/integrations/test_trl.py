@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+import ranks
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -85,8 +86,9 @@ class Witness(TrainerCallback):
         self.weights, self.gradients = [], []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.weights.append({n: p.detach().clone() for n, p in model.named_parameters()})
-        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        named = {n.removeprefix("module."): p for n, p in model.named_parameters()}
+        self.weights.append({n: ranks.gathered(p).detach().clone() for n, p in named.items()})
+        self.gradients.append({n: ranks.gathered(p.grad).clone() for n, p in named.items() if p.grad is not None})
 
 
 class Recording(RegularizedGRPOTrainer):
@@ -352,6 +354,77 @@ def test_epsilon_is_the_clipping_range_and_ours_must_be_given(tmp_path):
 def test_an_adaptive_entropy_coefficient_is_refused(tmp_path, saved):
     with pytest.raises(ValueError, match="use_adaptive_entropy is not supported"):
         grpo(tmp_path, saved, use_adaptive_entropy=True)
+
+
+# Two processes.
+
+
+class Sharded(ranks.ShardedByAccelerate, Recording):
+    pass
+
+
+TOGETHER = {
+    "DDP": {},
+    "DDP, two iterations, KL": {"num_iterations": 2, "max_steps": 4, "beta": 0.1},
+    "DDP, dapo": {"loss_type": "dapo", "steps_per_generation": 4},
+    "DDP, cap": {"gradient_accumulation_steps": 1, "penalty_cap": 0.2},
+    "DDP, one rank learns nothing": {"max_steps": 2},
+    "DDP, no rank learns": {"max_steps": 2, "target_penalty_ratio": 0.3},
+    "FSDP2": ranks.sharding("LlamaDecoderLayer"),
+}
+
+
+def on_one_rank(rank, folder, saved):
+    ranks.as_torchrun(rank, port=29557)
+    found = {}
+    for name, options in TOGETHER.items():
+        indifferent = Reward(lambda text: 1.0)
+        reward = indifferent if "no rank" in name or ("one rank" in name and rank == 1) else Reward()
+        kind = Sharded if name == "FSDP2" else Recording
+        run = grpo(folder, saved, kind, reward, **{"ddp_find_unused_parameters": False, **options})
+        found[name] = {
+            "seen": run.trainer.seen,
+            "weights": run.witness.weights,
+            "gradients": run.witness.gradients,
+            "chosen": set(run.trainer.regularizer.selection.named),
+            "state": run.trainer.regularizer_state(),
+            "model": type(run.trainer.regularizer.model).__name__,
+        }
+    return found
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, saved):
+    return ranks.on_two_ranks(on_one_rank, tmp_path_factory.mktemp("two_ranks"), saved)
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_two_processes_equal_one_on_the_rollouts_of_both(tmp_path, two_ranks, name):
+    """Two processes with k micro-batches each have the loss of one with 2k."""
+    here, there = (found[name] for found in two_ranks)
+    assert here["model"] == ("FSDPLlamaForCausalLM" if name == "FSDP2" else "DistributedDataParallel")
+    assert here["state"] == there["state"]
+    options = {k: v for k, v in TOGETHER[name].items() if "fsdp" not in k}
+    k = options.get("gradient_accumulation_steps", PLAIN["gradient_accumulation_steps"])
+    options |= {
+        "gradient_accumulation_steps": 2 * k,
+        "steps_per_generation": 2 * options.get("steps_per_generation", k),
+    }
+    args = RegularizedGRPOConfig(str(tmp_path), gamma=GAMMA, gr_epsilon=EPSILON, **{**PLAIN, **ROLLOUTS, **options})
+    assert len(here["gradients"]) == args.max_steps
+    assert here["seen"][0]["completion_ids"].tolist() != there["seen"][0]["completion_ids"].tolist()
+    for i, (weights, gradients) in enumerate(zip(here["weights"], here["gradients"])):
+        window = here["seen"][i * k : (i + 1) * k] + there["seen"][i * k : (i + 1) * k]
+        expected = by_hand(weights, window, args, here["chosen"], args.penalty_cap)
+        torch.testing.assert_close(gradients, expected, rtol=5e-4, atol=2e-5)
+        torch.testing.assert_close(there["gradients"][i], gradients, rtol=0, atol=0)
+
+
+def test_zero_advantages_on_one_rank_are_no_skipped_step(two_ranks):
+    for found in two_ranks:
+        assert found["DDP, one rank learns nothing"]["state"] == {"step": 2, "active_steps": 2, "skipped_steps": 0}
+        state = found["DDP, no rank learns"]["state"]
+        assert state == {"step": 2, "active_steps": 0, "skipped_steps": 2, "gamma_factor": 1.0}
 
 
 # Other trainers.
