@@ -59,7 +59,7 @@ class GradientRegularizationMixin(Trainer):
     `gradreg.json`.
 
     Raises:
-        TypeError: arguments without the fields.
+        TypeError: arguments without the fields; on declaring a class, a trainer that stands before the mixin.
         ValueError: DeepSpeed, FSDP1, FSDP that accelerate would ignore, nn.DataParallel, tensor, context or sequence
             parallelism, and optimizers that step inside the backward pass; whatever `GradientRegularizer` refuses.
         RuntimeError: a `training_step` that does not call `_prepare_inputs` exactly once.
@@ -70,6 +70,17 @@ class GradientRegularizationMixin(Trainer):
 
     _is_recording = False
     _replayed: MicroBatch | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in cls.__bases__:
+            if issubclass(base, GradientRegularizationMixin):
+                return
+            if hasattr(base, "training_step"):  # the mixin behind it would never be asked
+                raise TypeError(
+                    f"{cls.__name__} must name GradientRegularizationMixin before {base.__name__}, or it would train "
+                    f"without the penalty: class {cls.__name__}(GradientRegularizationMixin, {base.__name__})."
+                )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._window: list[MicroBatch] = []
