@@ -324,6 +324,16 @@ def test_the_regularizer_refuses_when_built(options, message):
         AcceleratedRegularizer(accelerator, accelerator.prepare(net()), GAMMA, EPSILON, **options)
 
 
+def test_a_loss_in_the_place_of_its_function_and_other_mistypings():
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(net())
+    regularizer = AcceleratedRegularizer(accelerator, model, GAMMA, EPSILON)
+    with pytest.raises(TypeError, match=r"got Tensor: .* pass loss_fn itself and not loss_fn\(batch\)"):
+        regularizer.backward(F.cross_entropy(model(rows()[0]), rows()[1]), rows())
+    with pytest.raises(TypeError, match=r"must be an accelerate.Accelerator, got Sequential"):
+        AcceleratedRegularizer(model, accelerator, GAMMA, EPSILON)
+
+
 def test_a_window_in_disorder_is_refused():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
     model = accelerator.prepare(net())

@@ -32,6 +32,7 @@ from gradreg.integrations.transformers import (
     RegularizedTrainer,
     RegularizedTrainingArguments,
 )
+from gradreg.training.selection import bare_name
 
 GAMMA, EPSILON, VOCABULARY = 0.5, 0.4, 23
 
@@ -70,7 +71,7 @@ class Witness(TrainerCallback):
         self.weights, self.gradients = [], []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        named = {n.removeprefix("module."): p for n, p in model.named_parameters()}
+        named = {bare_name(n): p for n, p in model.named_parameters()}
         self.weights.append({n: ranks.gathered(p).detach().clone() for n, p in named.items()})
         self.gradients.append({n: ranks.gathered(p.grad).clone() for n, p in named.items() if p.grad is not None})
 
@@ -311,6 +312,20 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, reentrant):
     options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
     found = run(tmp_path, gpt2(dropout=0.3), **options)
     torch.testing.assert_close(found.witness.gradients, plain.witness.gradients, rtol=1e-4, atol=1e-6)
+
+
+class Bigrams(torch.nn.Sequential):
+    def forward(self, input_ids, labels):
+        return {"loss": F.cross_entropy(super().forward(input_ids).flatten(0, 1), labels.flatten())}
+
+
+def test_torch_compile_changes_nothing(tmp_path):
+    torch.manual_seed(0)
+    model = Bigrams(torch.nn.Embedding(VOCABULARY, 8), torch.nn.Tanh(), torch.nn.Linear(8, VOCABULARY))
+    plain = run(tmp_path, copy.deepcopy(model))
+    found = run(tmp_path, model, torch_compile=True, torch_compile_backend="aot_eager")
+    assert type(found.trainer.regularizer.model).__name__ == "OptimizedModule"
+    torch.testing.assert_close(found.witness.gradients, plain.witness.gradients, rtol=1e-5, atol=1e-6)
 
 
 def test_label_smoothing(tmp_path):
@@ -577,6 +592,13 @@ def test_a_loss_that_draws_data_is_refused_and_nothing_stays_displaced(tmp_path)
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_mixin_that_would_never_be_asked_is_refused():
+    with pytest.raises(TypeError, match=r"^Behind must name GradientRegularizationMixin before Trainer"):
+
+        class Behind(Trainer, GradientRegularizationMixin):
+            pass
+
+
 def test_a_training_step_of_its_own_is_refused(tmp_path):
     class Own(Trainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
@@ -596,7 +618,14 @@ def test_a_training_step_of_its_own_is_refused(tmp_path):
     [
         ({"scheme": "central"}, 'scheme must be "forward" or "backward"'),
         ({"penalty_cap": 0.1, "target_penalty_ratio": 0.3}, "must not exceed penalty_cap"),
-        ({"target_penalty_ratio": -1.0}, "must be a finite number > 0"),
+        ({"target_penalty_ratio": -1.0}, "target_penalty_ratio must be a finite number > 0"),
+        (
+            {"target_penalty_ratio": "0.3"},
+            "target_penalty_ratio must be a finite number > 0, or None for none, got '0.3'",
+        ),
+        ({"penalty_cap": 0}, "^penalty_cap must be a finite number > 0, or None for none, got 0"),
+        ({"gamma_warmup_steps": -1}, "^gamma_warmup_steps must be an integer ≥ 0"),
+        ({"gamma_warmup_steps": 2.5}, "^gamma_warmup_steps must be an integer ≥ 0"),
         ({"target_penalty_ratio": 0.3, "gamma": 0.0}, "gamma must be > 0"),
         ({"epsilon": 0.0}, "epsilon must be a finite number > 0"),
         ({"gamma": -1.0}, "gamma must be a finite number ≥ 0"),

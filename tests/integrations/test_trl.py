@@ -342,6 +342,9 @@ def test_exclude_can_be_nothing(tmp_path, saved):
 def test_epsilon_is_the_clipping_range_and_ours_must_be_given(tmp_path):
     with pytest.raises(ValueError, match="gr_epsilon must be given"):
         RegularizedGRPOConfig(str(tmp_path), gamma=0.1, epsilon=0.1, **PLAIN, **ROLLOUTS)
+    for wrong in (0, -1.0, float("nan"), "x"):
+        with pytest.raises(ValueError, match=r"^gr_epsilon must be a finite number > 0"):
+            RegularizedGRPOConfig(str(tmp_path), gamma=0.1, gr_epsilon=wrong, **PLAIN, **ROLLOUTS)
 
     @dataclass
     class Clash(RegularizationArguments, GRPOConfig):

@@ -12,6 +12,11 @@ from gradreg.training.regularizer import GradientRegularizer
 from gradreg.training.schedule import Schedule, value_at, warmup
 
 
+def is_positive(value: Any) -> bool:
+    """Whether this is a finite number > 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
 @dataclass
 class CommonArguments:
     """Every argument but ε, whose name some trainers have taken for something else."""
@@ -48,9 +53,13 @@ class CommonArguments:
                 f'scheme must be "forward" or "backward", got {self.scheme!r}: the window is replayed once, which '
                 "serves no other scheme. For those use a loop of your own and GradientRegularizer.backward."
             )
+        steps = self.gamma_warmup_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"gamma_warmup_steps must be an integer ≥ 0 (0: γ from the first step on), got {steps!r}.")
         target, cap = self.target_penalty_ratio, self.penalty_cap
-        if target is not None and not (math.isfinite(target) and target > 0):
-            raise ValueError(f"target_penalty_ratio must be a finite number > 0, or None, got {target!r}.")
+        for name, value in (("target_penalty_ratio", target), ("penalty_cap", cap)):
+            if value is not None and not is_positive(value):
+                raise ValueError(f"{name} must be a finite number > 0, or None for none, got {value!r}.")
         if target is not None and cap is not None and cap < target:
             raise ValueError(
                 f"target_penalty_ratio must not exceed penalty_cap, got {target} and {cap}: γ would grow without end."

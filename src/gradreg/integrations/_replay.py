@@ -25,3 +25,16 @@ def check_one_replay(options: Mapping[str, Any], way_out: str) -> None:
             'ascent_sync="local" must keep the first pass from being averaged, and that one is the host\'s: use '
             f'"global", or {way_out}.'
         )
+
+
+def check_loss_fn(loss_fn: Any) -> None:
+    """Refuse a loss where its function is needed: the one slip that the change from `backward(loss)` invites.
+
+    Raises:
+        TypeError: not callable.
+    """
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn must be a function of a micro-batch that returns its loss, got {type(loss_fn).__name__}: both "
+            "passes call it, so pass loss_fn itself and not loss_fn(batch)."
+        )

@@ -27,7 +27,7 @@ try:
 except ImportError as error:
     raise ImportError("gradreg.integrations.accelerate needs accelerate: pip install 'gradreg[accelerate]'") from error
 
-from gradreg.integrations._replay import check_one_replay
+from gradreg.integrations._replay import check_loss_fn, check_one_replay
 from gradreg.training.calls import checked
 from gradreg.training.regularizer import GradientRegularizer
 from gradreg.training.schedule import Schedule, value_at
@@ -57,6 +57,7 @@ class AcceleratedRegularizer:
     Raises:
         ValueError: a model that was not prepared, DeepSpeed, FSDP, Megatron or XLA, schemes of several replays, and
             whatever `GradientRegularizer` refuses.
+        TypeError: something else than an `Accelerator`.
 
     References:
         Karakida et al., [Understanding Gradient Regularization](https://arxiv.org/abs/2210.02720), ICML 2023.
@@ -77,6 +78,8 @@ class AcceleratedRegularizer:
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, gamma: Schedule, epsilon: Schedule, **options: Any
     ) -> None:
+        if not isinstance(accelerator, Accelerator):
+            raise TypeError(f"accelerator must be an accelerate.Accelerator, got {type(accelerator).__name__}.")
         if accelerator.distributed_type not in _SUPPORTED:
             raise ValueError(
                 f"AcceleratedRegularizer serves one process and DDP, got {accelerator.distributed_type}, whose "
@@ -109,7 +112,9 @@ class AcceleratedRegularizer:
         Raises:
             ValueError: a loss that is not a scalar or has no graph, gradients that were there before a window, or that
                 were cleared within one.
+            TypeError: a loss in the place of its function, or a function that does not return a tensor.
         """
+        check_loss_fn(loss_fn)
         is_active = value_at(self.regularizer.gamma, self.regularizer.step) != 0
         if is_active:
             self._check_gradients()

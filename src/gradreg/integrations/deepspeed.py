@@ -28,6 +28,7 @@ except ImportError as error:
 from gradreg import _vectors as vectors
 from gradreg.functional.ascents import Ascent, resolve_ascent
 from gradreg.functional.schemes import Scheme, resolve_scheme
+from gradreg.integrations._replay import check_loss_fn
 from gradreg.training.anatomy import Anatomy
 from gradreg.training.calls import checked
 from gradreg.training.ranks import compare
@@ -97,7 +98,9 @@ class DeepSpeedRegularizer:
         Raises:
             ValueError: an empty window, ranks that were built differently, a loss that is not a scalar or has no
                 graph. Weights, buffers and random state are then what they were; gradients are to be discarded.
+            TypeError: a loss in the place of its function, or a function that does not return a tensor.
         """
+        check_loss_fn(loss_fn)
         window = list(batches)
         if not window:
             raise ValueError("batches must hold at least one micro-batch, got none.")

@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     raise ImportError("gradreg.integrations.trl needs trl: pip install 'gradreg[trl]'") from error
 
-from gradreg.integrations._arguments import CommonArguments, RegularizationArguments
+from gradreg.integrations._arguments import CommonArguments, RegularizationArguments, is_positive
 from gradreg.integrations._trainer import GradientRegularizationMixin, MicroBatch
 
 __all__ = [
@@ -40,7 +40,7 @@ class TRLRegularizationArguments(CommonArguments):
     """`RegularizationArguments` for a config whose `epsilon` is a clipping range (GRPO, RLOO): ours is `gr_epsilon`.
 
     Raises:
-        ValueError: no `gr_epsilon`.
+        ValueError: no `gr_epsilon`, or one that is not a finite number > 0.
     """
 
     gr_epsilon: float | None = field(default=None, metadata={"help": "Step length ε > 0 along the ascent. Required."})
@@ -56,6 +56,11 @@ class TRLRegularizationArguments(CommonArguments):
             raise ValueError(
                 "gr_epsilon must be given: it is the step length ε of the displacement. `epsilon` here is the "
                 "clipping range of the policy ratio, and stays so."
+            )
+        if not is_positive(self.gr_epsilon):
+            raise ValueError(
+                f"gr_epsilon must be a finite number > 0, got {self.gr_epsilon!r}. For the backward difference pass "
+                'scheme="backward"; for no penalty, gamma=0.'
             )
 
 
