@@ -430,6 +430,23 @@ def test_a_run_without_the_penalty_can_be_taken_up(tmp_path):
     assert len(trainer.model._forward_pre_hooks) == 1  # and the old regularizer is gone
 
 
+def test_a_run_that_begins_again_with_a_smaller_batch_begins_at_step_zero(tmp_path):
+    class Full(RegularizedTrainer):
+        calls = 0
+
+        def compute_loss(self, *args, **kwargs):
+            self.calls += 1
+            if self.calls == 8:  # in the second pass of the second window
+                raise RuntimeError("CUDA out of memory.")
+            return super().compute_loss(*args, **kwargs)
+
+    args = arguments(tmp_path, auto_find_batch_size=True, gamma_warmup_steps=9)
+    trainer = Full(gpt2(), args, train_dataset=rows(), data_collator=Collator())
+    trainer.train()
+    assert trainer._train_batch_size == 1
+    assert trainer.regularizer.step == trainer.state.global_step == 5
+
+
 def test_what_is_logged(tmp_path):
     trainer = run(tmp_path, gpt2(), logging_strategy="steps", logging_steps=1).trainer
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]

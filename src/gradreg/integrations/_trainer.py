@@ -100,10 +100,11 @@ class GradientRegularizationMixin(Trainer):
     def pin(self, micro_batch: MicroBatch) -> None:
         """Keep what `compute_loss` took from the weights at θ as if it were data; called after each first pass."""
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """What `train` runs, and runs again with a smaller batch under `auto_find_batch_size`."""
         self._window.clear()
         self.regularizer = self.create_regularizer(self.model)  # a new run starts at step 0, as the host's does
-        return super().train(*args, **kwargs)
+        return super()._inner_training_loop(*args, **kwargs)
 
     # The two passes.
 
