@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -249,6 +250,40 @@ def faulty(rank: int, kind: str, sync: str, gamma: float) -> dict[str, Any]:
     return {
         "finite": bool(all(torch.as_tensor(_local(p.grad).isfinite().all()) for p in model.parameters())),
         "kept": all(torch.equal(_local(a), _local(b)) for a, b in zip(before, model.parameters())),
+    }
+
+
+def abandoned(rank: int, kind: str) -> dict[str, Any]:
+    """Rank 1 fails in its second pass, and rank 0 waits for it until the time-out of their group."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    group = dist.new_group(timeout=timedelta(seconds=4))
+    x, y = make_data()
+    x, y = x[rank::2], y[rank::2]
+    if kind == "fsdp":
+        model = fully_shard(make_model(), mesh=DeviceMesh.from_group(group, "cpu"))
+    else:
+        model = DistributedDataParallel(make_model(), process_group=group)
+    before = [_local(p).detach().clone() for p in model.parameters()]
+    passes = []
+
+    def loss() -> torch.Tensor:
+        passes.append(1)
+        if rank == 1 and len(passes) == 2:
+            raise ArithmeticError("of rank 1")
+        return F.cross_entropy(model(x), y)
+
+    raised = ""
+    try:
+        gradreg.GradientRegularizer(model, GAMMA, EPSILON).backward(loss)
+    except (ArithmeticError, RuntimeError) as error:
+        raised = type(error).__name__
+    dist.barrier()
+    return {
+        "raised": raised,
+        "kept": all(torch.equal(old, _local(p)) for old, p in zip(before, model.parameters())),
+        "gradients": sum(p.grad is not None for p in model.parameters()),
     }
 
 

@@ -96,6 +96,13 @@ def test_a_nan_on_one_rank_is_seen_on_all(k):
 
 
 @pytest.mark.parametrize("k", [0, 1], ids=["ddp", "fsdp"])
+def test_a_rank_that_fails_ends_the_others_at_the_time_out_and_none_stays_displaced(k):
+    waiting, failing = (of_rank[k] for of_rank in played(ranks.abandoned, (("ddp",), ("fsdp",))))
+    assert failing == {"raised": "ArithmeticError", "kept": True, "gradients": 0}
+    assert waiting == {"raised": "RuntimeError", "kept": True, "gradients": 0}
+
+
+@pytest.mark.parametrize("k", [0, 1], ids=["ddp", "fsdp"])
 def test_ranks_that_disagree_are_told_so(k):
     for of_rank in played(ranks.disagree, (("ddp",), ("fsdp",))):
         assert of_rank[k].count("ranks must agree on gamma, got 0.1 on rank 0 and 1.1 on rank 1") == 2
