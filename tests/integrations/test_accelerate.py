@@ -315,6 +315,9 @@ def test_two_ranks_equal_one_process():
     [
         ({"scheme": "central"}, "more than one replay"),
         ({"ascent_sync": "local"}, 'ascent_sync="local"'),
+        ({"ascent": gradreg.Previous()}, "every\\(gamma, 10\\)"),
+        ({"batch": gradreg.Fraction(0.1)}, "batch=Fraction"),
+        ({"at": gradreg.Ahead(gradreg.Previous(), 1.0)}, "at=Ahead"),
         ({"exclude": "nothing"}, "matches no parameter"),
     ],
 )
@@ -328,7 +331,7 @@ def test_a_loss_in_the_place_of_its_function_and_other_mistypings():
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(net())
     regularizer = AcceleratedRegularizer(accelerator, model, GAMMA, EPSILON)
-    with pytest.raises(TypeError, match=r"got Tensor: .* pass loss_fn itself and not loss_fn\(batch\)"):
+    with pytest.raises(TypeError, match=r"got Tensor: .* pass the function itself"):
         regularizer.backward(F.cross_entropy(model(rows()[0]), rows()[1]), rows())
     with pytest.raises(TypeError, match=r"must be an accelerate.Accelerator, got Sequential"):
         AcceleratedRegularizer(model, accelerator, GAMMA, EPSILON)

@@ -319,7 +319,7 @@ def test_what_zero_does_beside_partitions_is_refused(monkeypatch):
     with pytest.raises(TypeError, match=r"what deepspeed\.initialize returned, got Sequential"):
         DeepSpeedRegularizer(net(), GAMMA, EPSILON)
     engine = engine_of(net(), 1)
-    with pytest.raises(TypeError, match=r"got Tensor: .* pass loss_fn itself and not loss_fn\(batch\)"):
+    with pytest.raises(TypeError, match=r"got Tensor: .* pass the function itself"):
         DeepSpeedRegularizer(engine, GAMMA, EPSILON).backward(engine(rows()[0]).sum(), [rows()])
     engine = engine_of(net(), 1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"})
     with pytest.raises(ValueError, match="does not support BF16_Optimizer"):

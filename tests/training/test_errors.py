@@ -393,3 +393,11 @@ def test_the_loss_names_trainable_tensors_outside_the_model():
     offset = nn.Parameter(torch.zeros(3, dtype=torch.float64))
     with pytest.warns(UserWarning, match=r"1 trainable tensors outside the model \(shapes \[\(3,\)\]\)"):
         regularizer.backward(lambda: trial.loss() + offset.sum())
+
+
+def test_a_loss_in_the_place_of_its_function_is_refused():
+    trial = Trial("mlp")
+    regularizer = build(trial)
+    with pytest.raises(TypeError, match=r"loss_fn must be a function .* got Tensor.*not what it returned"):
+        regularizer.backward(trial.loss())
+    assert regularizer.step == 0

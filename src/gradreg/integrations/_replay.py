@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradreg.functional.schemes import resolve_scheme
+from gradreg.training.directions import Momentum, Previous
 
 
 def check_one_replay(options: Mapping[str, Any], way_out: str) -> None:
     """Refuse the options of `GradientRegularizer` that need several displaced passes, or the first pass in hand.
 
     Raises:
-        ValueError: the schemes `central` and `exact`, or a local ascent.
+        ValueError: the schemes `central` and `exact`, a local ascent, or a mode that moves or divides the first pass.
     """
     scheme = resolve_scheme(options.get("scheme", "forward"))
     if scheme.is_exact or len(scheme.stencil) > 1:
@@ -25,16 +26,10 @@ def check_one_replay(options: Mapping[str, Any], way_out: str) -> None:
             'ascent_sync="local" must keep the first pass from being averaged, and that one is the host\'s: use '
             f'"global", or {way_out}.'
         )
-
-
-def check_loss_fn(loss_fn: Any) -> None:
-    """Refuse a loss where its function is needed: the one slip that the change from `backward(loss)` invites.
-
-    Raises:
-        TypeError: not callable.
-    """
-    if not callable(loss_fn):
-        raise TypeError(
-            f"loss_fn must be a function of a micro-batch that returns its loss, got {type(loss_fn).__name__}: both "
-            "passes call it, so pass loss_fn itself and not loss_fn(batch)."
-        )
+    is_known = isinstance(options.get("ascent"), (Momentum, Previous))
+    for name in ("batch", "at", *(["ascent"] if is_known else [])):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"{name}={options[name]} moves or divides the first pass, and that one is the host's: use a schedule such "
+                f"as every(gamma, 10), or {way_out}."
+            )

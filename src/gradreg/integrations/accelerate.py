@@ -27,8 +27,8 @@ try:
 except ImportError as error:
     raise ImportError("gradreg.integrations.accelerate needs accelerate: pip install 'gradreg[accelerate]'") from error
 
-from gradreg.integrations._replay import check_loss_fn, check_one_replay
-from gradreg.training.calls import checked
+from gradreg.integrations._replay import check_one_replay
+from gradreg.training.calls import check_loss_fn, checked
 from gradreg.training.regularizer import GradientRegularizer
 from gradreg.training.schedule import Schedule, value_at
 

@@ -28,9 +28,8 @@ except ImportError as error:
 from gradreg import _vectors as vectors
 from gradreg.functional.ascents import Ascent, resolve_ascent
 from gradreg.functional.schemes import Scheme, resolve_scheme
-from gradreg.integrations._replay import check_loss_fn
 from gradreg.training.anatomy import Anatomy
-from gradreg.training.calls import checked
+from gradreg.training.calls import check_loss_fn, checked
 from gradreg.training.ranks import compare
 from gradreg.training.replay import Moment
 from gradreg.training.schedule import Schedule, Strength, check, name_of, strength_at

@@ -14,6 +14,19 @@ from gradreg._vectors import is_sharded
 Backward = Callable[[Tensor], Any]
 
 
+def check_loss_fn(loss_fn: Any) -> None:
+    """Refuse a loss where its function is needed: the one slip that the change from `loss.backward()` invites.
+
+    Raises:
+        TypeError: not callable.
+    """
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn must be a function that returns the loss, got {type(loss_fn).__name__}: both passes call it, so "
+            "pass the function itself, such as lambda: criterion(model(x), y), and not what it returned."
+        )
+
+
 def checked(loss: Any) -> Tensor:
     """The loss, if it can be differentiated."""
     if not isinstance(loss, Tensor):

@@ -22,7 +22,7 @@ from gradreg import _vectors as vectors
 from gradreg.functional.schemes import Scheme, resolve_scheme
 from gradreg.training.anatomy import Anatomy
 from gradreg.training.batch import Fraction, Split, cut, weighted
-from gradreg.training.calls import Backward, Examination, differentiate, run_closure
+from gradreg.training.calls import Backward, Examination, check_loss_fn, differentiate, run_closure
 from gradreg.training.combination import give_gradients, keeping_views, take_gradients
 from gradreg.training.diagnostics import Diagnostics, Realized
 from gradreg.training.directions import Ahead, Choice, Directions, Momentum, resolve
@@ -204,6 +204,7 @@ class GradientRegularizer:
             ValueError: a loss that is not a scalar or has no graph, an empty `batches`, a γ or ε that the schedule
                 made invalid, or a second pass on another batch. Weights, buffers and `.grad` are then what they were.
         """
+        check_loss_fn(loss_fn)
         batches = None if batches is None else list(batches)
         if batches is None and self._method.batch is not None:
             raise ValueError(
