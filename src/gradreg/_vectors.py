@@ -9,7 +9,7 @@ so that nothing here waits for an accelerator. Those over one tensor, `squared` 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,10 @@ def is_sharded(t: Tensor) -> bool:
     return module is not None and isinstance(t, module.DTensor)
 
 
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    return "torch.distributed.tensor" in sys.modules and any(map(is_sharded, tensors))
+
+
 def local(t: Any) -> Tensor:
     """The part of a tensor that this process holds, in place: all of it but for a DTensor."""
     return t.to_local() if is_sharded(t) else t
@@ -84,7 +88,7 @@ def squared(t: Tensor) -> Tensor:
 
 def total(parts: Vectors) -> Tensor:
     """The sum of 0-dim tensors, on the device of the first and in the widest dtype; parts of shards are completed."""
-    if any(map(is_sharded, parts)):
+    if any_sharded(parts):
         return total(_completed(parts))
     first = parts[0]
     if all(part.dtype == first.dtype and part.device == first.device for part in parts):
@@ -115,7 +119,7 @@ def _by_layout(tensors: Sequence[Any]) -> list[list[Any]]:
 
 def norm(tensors: Vectors) -> Tensor:
     """‖x‖ over all tensors together."""
-    if any(map(is_sharded, tensors)):
+    if any_sharded(tensors):
         plain = [t for t in tensors if not is_sharded(t)]
         groups = _by_layout(tensors)
         parts = [_part_of_sum(norm([local(t) for t in group]).square(), group[0]) for group in groups]
@@ -153,7 +157,8 @@ def add_scaled(xs: Vectors, step: Tensor, ys: Vectors, out: Vectors) -> None:
 
     A step on the host is read there, which costs nothing; on an accelerator it stays a tensor and masks.
     """
-    xs, ys, out = ([local(t) for t in tensors] for tensors in (xs, ys, out))
+    if any_sharded(xs):
+        xs, ys, out = ([local(t) for t in tensors] for tensors in (xs, ys, out))
     if step.device.type == "cpu" and all(x.device.type == "cpu" for x in xs):
         alpha = step.item()
         for x, y, o in zip(xs, ys, out):
