@@ -961,4 +961,4 @@ def test_3_forwards_before_a_step_are_forgotten_after_it():
         optimizer.zero_grad(set_to_none=False)
         trial.loss().backward()
         optimizer.step()
-    assert regularizer._recorder.num_forwards == 1
+    assert regularizer._engine.recorder.num_forwards == 1

@@ -136,7 +136,7 @@ def test_measuring_does_not_change_a_bit(gamma):
         model = torch.nn.Sequential(torch.nn.Linear(20, 50), torch.nn.Tanh(), torch.nn.Linear(50, 5))
         x = torch.randn(32, 20)
         regularizer = GradientRegularizer(model, gamma, EPSILON)
-        regularizer._diagnostics.is_wanted = is_wanted
+        regularizer._carried.diagnostics.is_wanted = is_wanted
         regularizer.backward(lambda model=model, x=x: model(x).square().mean())
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))

@@ -53,7 +53,7 @@ class Displacement:
         self._true: list[Tensor] = []
         self._is_back: list[bool] = []
         self._guarded: list[nn.Module] = []
-        self._stand: tuple[Tensor, Sequence[Tensor]] | None = None  # the step and direction that led here
+        self._stand: tuple[Tensor, Sequence[Tensor]] | None = None  # the step and direction that led to a base
         self._moved_on: list[int] = []  # the parameters of a second move
 
     @property
@@ -67,8 +67,12 @@ class Displacement:
         parameters: Sequence[nn.Parameter],
         step: Tensor,
         direction: Sequence[Tensor],
+        is_base: bool = False,
     ) -> None:
-        """θ ← θ + step · direction. Call `close` whatever happens, also if this raises."""
+        """θ ← θ + step · direction. Call `close` whatever happens, also if this raises.
+
+        `is_base`: the weights may move on from there, so `direction` is held until they are back.
+        """
         if self._true:
             self._move_on(parameters, step, direction)
             return
@@ -83,7 +87,7 @@ class Displacement:
         self._guarded = [m for m in modules if m._parameters]
         for module in self._guarded:
             module._state_dict_pre_hooks[_GUARD] = _refuse_state_dict  # type: ignore[index]
-        self._stand = step, direction
+        self._stand = (step, direction) if is_base else None
         vectors.add_scaled(self._sources(), step, direction, out=self._targets())
         for p, copy, pointing in zip(parameters, self._copies, self._pointing):
             if pointing:

@@ -11,37 +11,30 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from gradreg import _vectors as vectors
 from gradreg.functional.schemes import Scheme, resolve_scheme
-from gradreg.training.anatomy import Anatomy
-from gradreg.training.batch import Fraction, Split, cut, weighted
-from gradreg.training.calls import Backward, Examination, check_loss_fn, differentiate, run_closure
-from gradreg.training.combination import give_gradients, keeping_views, take_gradients
-from gradreg.training.diagnostics import Diagnostics, Realized
-from gradreg.training.directions import Ahead, Choice, Directions, Momentum, resolve
-from gradreg.training.displacement import Displacement, EarlyReturn
-from gradreg.training.double_backward import ExactPenalty, check_supported
-from gradreg.training.hosts import loss_division
-from gradreg.training.ranks import SYNCS, Ranks
-from gradreg.training.recorder import Recorder
-from gradreg.training.replay import Buffers, Moment
+from gradreg.training.batch import Fraction, Split
+from gradreg.training.calls import Backward, check_loss_fn
+from gradreg.training.carried import Carried
+from gradreg.training.combination import keeping_views
+from gradreg.training.diagnostics import Realized
+from gradreg.training.directions import Ahead, Choice, Momentum, resolve
+from gradreg.training.double_backward import check_supported
+from gradreg.training.engine import Engine
+from gradreg.training.ranks import SYNCS
 from gradreg.training.schedule import (
     LargeGradients,
-    RunningTest,
     Schedule,
     Strength,
     check,
     name_of,
     strength_at,
 )
-from gradreg.training.second_pass import Displacer, Method, SecondPass, dropping_gradients, without_trace
+from gradreg.training.second_pass import Method
 from gradreg.training.selection import Rules, Selection
 from gradreg.training.together import check_step, check_together
 
@@ -129,7 +122,6 @@ class GradientRegularizer:
         self.epsilon = epsilon
         self._method = Method(resolve_scheme(scheme), resolve(ascent), cap, nonfinite == "first", batch, at)
         self._ascent_sync = ascent_sync
-        self._test = RunningTest(when) if when is not None else None
         check_together(self._method, gamma, epsilon, when, ascent_sync)
         if self._method.scheme.is_exact:
             check_supported(model)
@@ -139,31 +131,23 @@ class GradientRegularizer:
             if isinstance(known, Momentum):
                 known.check(self.selection.named)
         self.step = 0  # closed second passes, and what would have been one
-        self._diagnostics = Diagnostics()
-        self._directions = Directions(self._method.ascent)
-        self._ahead_directions = None if at is None else Directions(at.direction, moves_all=True)
+        self._carried = Carried(self._method, when)
         self._set_up()
 
     def _set_up(self) -> None:
-        """What belongs to this object and this process, and travels in no copy or pickle."""
-        self._displacement = Displacement(keeps_room=not self._method.is_one_pass)
-        self._anatomy = Anatomy(self.model)
-        self._ranks = Ranks(self.model, self._ascent_sync)
-        self._recorder = Recorder(self._anatomy)
+        self._engine = Engine(self.model, self.selection, self._method, self._ascent_sync, self._carried)
         self._is_open = False
-        self._examination = Examination()
-        weakref.finalize(self, self._recorder.handle.remove)
+        weakref.finalize(self, self._engine.recorder.handle.remove)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_displacement", "_anatomy", "_ranks", "_recorder", "_is_open", "_examination")
-        return {name: value for name, value in self.__dict__.items() if name not in own}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_engine", "_is_open")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._set_up()
 
     def __repr__(self) -> str:
-        method, test = self._method, self._test
+        method, test = self._method, self._carried.test
         more = "" if method.batch is None else f", batch={method.batch}"
         more += "" if method.at is None else f", at={method.at}"
         more += "" if test is None else f", when={test.rule}"
@@ -211,29 +195,10 @@ class GradientRegularizer:
                 f"batches must be given with batch={self._method.batch}, which divides it: call "
                 "backward(loss_fn, batches=[batch]), with loss_fn(batch) a mean over the rows of the batch."
             )
-        calls = [loss_fn] if batches is None else [partial(loss_fn, batch) for batch in batches]
-        if not calls:
+        if batches is not None and not batches:
             raise ValueError("batches must hold at least one micro-batch, got none.")
-        with self._door(), self._looking_ahead():
-            strength = self._strength()
-            if strength is None:
-                with self._recorder.paused():
-                    losses = self._for_each(calls, lambda call: differentiate(call, backward))
-            elif isinstance(self._method.batch, Split):
-                with self._adding_to_gradients(), self._recorder.paused():
-                    losses = self._split(loss_fn, batches or [], strength, backward, grad_scale)
-            elif self._method.is_one_pass:
-                with self._recorder.paused():
-                    losses = self._one_pass(calls, strength, backward)
-            else:
-                rest: list[Call] = []
-                if isinstance(self._method.batch, Fraction):
-                    calls, rest, share = cut(loss_fn, batches or [], self._method.batch.share)
-                    strength = replace(strength, share=share)
-                with self._adding_to_gradients(), self._all_or_nothing() as before:
-                    losses = self._regularize(calls, strength, before, backward, grad_scale)
-                    with self._recorder.paused():
-                        losses += self._for_each(rest, lambda call: differentiate(call, backward))
+        with self._door(), self._engine.looking_ahead(self.step):
+            losses = self._engine.step_of_calls(loss_fn, batches, self._strength(), self.step, backward, grad_scale)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _strength(self) -> Strength | None:
@@ -241,136 +206,6 @@ class GradientRegularizer:
         if strength is not None:
             check_step(self._method, strength, self.step)
         return strength
-
-    def _regularize(
-        self,
-        calls: Sequence[Call],
-        strength: Strength,
-        before: Moment,
-        backward: Backward,
-        grad_scale: float | Tensor,
-    ) -> list[Tensor]:
-        exact = ExactPenalty(self.selection.parameters, self._method, strength.gamma, self._diagnostics)
-        if self._method.scheme.is_exact and len(calls) == 1 and backward is Tensor.backward:
-            return [exact.in_one_pass(calls[0], self.selection.others)]
-        factors: list[Tensor] = []
-        with self._recorder.first_pass(), self._ranks.first_pass():
-            losses = self._for_each(calls, lambda call: differentiate(call, backward, factors, self._examine))
-        self._examination.is_done = True
-        grad_scale = strength.share * _scale_of(grad_scale, factors, backward)
-        if self._method.scheme.is_exact:
-            first = [p.grad for p in self.selection.parameters]
-            with without_trace(self._anatomy, self.selection.all):
-                before.restore()
-                penalty = exact.of_window(calls, factors, first, grad_scale)
-            exact.add(penalty, grad_scale)
-            return losses
-        # Gradients that nobody wants are not computed, where we run the backward pass ourselves.
-        wanted = self.selection.parameters if self._picks_gradients(backward) else None
-
-        def play(call: Call) -> None:
-            loss = call()
-            if loss.requires_grad:  # else: nothing selected takes part in the displaced pass
-                loss.backward(inputs=wanted) if wanted else backward(loss)
-
-        def replay() -> None:
-            before.restore()
-            self._for_each(calls, play)
-
-        self._second_pass(replay, strength, grad_scale, num_backwards=len(calls))
-        return losses
-
-    def _picks_gradients(self, backward: Backward) -> bool:
-        is_ours = backward is Tensor.backward and self._examination.allows_inputs and self._ranks.is_alone
-        return is_ours and any(p.requires_grad for p in self.selection.others)
-
-    def _one_pass(self, calls: Sequence[Call], strength: Strength, backward: Backward) -> list[Tensor]:
-        """∇L(θ + εd) and no other gradient."""
-        with self._displacer().standing(strength.epsilon) as moving:
-            self._diagnostics.count_pass(moving)
-            if len(calls) > 1:
-                return self._for_each(calls, lambda call: differentiate(call, backward))
-            with EarlyReturn(self._displacement, moving) as early:
-                return [differentiate(calls[0], backward, check=early.watch)]
-
-    def _split(
-        self,
-        loss_fn: Callable[..., Tensor],
-        batches: Sequence[Any],
-        strength: Strength,
-        backward: Backward,
-        grad_scale: float | Tensor,
-    ) -> list[Tensor]:
-        """(1 − λ) ∇L_A(θ) + λ ∇L_B(θ + εd), λ = γ/ε, each row in one pass."""
-        here, ahead, share = cut(loss_fn, batches, 1 - strength.ratio)
-        factors: list[Tensor] = []
-        with self._ranks.first_pass():
-            first = weighted(here, (1 - strength.ratio) / share)
-            losses = self._for_each(first, lambda call: differentiate(call, backward, factors, self._examine))
-        self._examination.is_done = True
-        buffers = Buffers(self._anatomy)
-        gradients = [p.grad for p in self.selection.parameters]
-        scale = (1 - strength.ratio) * _scale_of(grad_scale, factors, backward)
-        present = [g for g in gradients if g is not None]
-        norm = vectors.norm(present) if present and not self._directions.are_known else None
-        with self._displacer().standing(strength.epsilon, gradients, scale, norm) as moving:
-            self._diagnostics.count_pass(moving)
-            second = weighted(ahead, strength.ratio / (1 - share))
-            losses += self._for_each(second, lambda call: differentiate(call, backward))
-        buffers.restore()
-        return losses
-
-    def _for_each(self, calls: Sequence[Call], play: Callable[[Call], Result]) -> list[Result]:
-        """The micro-batches of a window; ranks average gradients in the last."""
-        results = []
-        for k, call in enumerate(calls, 1):
-            with self._ranks.micro_batch(is_last=k == len(calls)):
-                results.append(play(call))
-        return results
-
-    def _second_pass(
-        self,
-        run: Callable[[], Any],
-        strength: Strength,
-        grad_scale: float | Tensor,
-        num_backwards: int = 1,
-        others: Sequence[Tensor] = (),
-    ) -> None:
-        """`.grad` from g1 to ĝ, where the pass is ours to run."""
-        second = self._prepare(strength, grad_scale, num_backwards, others)
-        if not self._is_due(second):
-            second.skip()
-            return
-        with second.open():
-            for k in range(second.num_passes):
-                with second.displaced(k), self._recorder.displaced_pass():
-                    run()
-
-    def _is_due(self, second: SecondPass) -> bool:
-        test = self._test
-        return second.is_needed and (test is None or test.is_large(second.squared_norm, self.step))
-
-    def _displacer(self) -> Displacer:
-        return Displacer(self._anatomy, self.selection.named, self._directions, self._displacement, self._diagnostics)
-
-    def _prepare(
-        self,
-        strength: Strength,
-        grad_scale: float | Tensor,
-        num_backwards: int,
-        others: Sequence[Tensor] = (),
-    ) -> SecondPass:
-        ranks, num_passes = self._ranks, len(self._method.scheme.stencil)
-        return SecondPass(
-            self._displacer(),
-            [*self.selection.others, *others],
-            self._method,
-            strength,
-            grad_scale=grad_scale,
-            deferred=not ranks.is_local and (num_backwards > 1 or (ranks.is_replicated and num_passes > 1)),
-            is_local=ranks.is_local,
-            is_replicated=ranks.is_replicated,
-        )
 
     # The second door.
 
@@ -413,7 +248,7 @@ class GradientRegularizer:
             strength = self._strength()
             if self._method.is_one_pass:
                 self._refuse_gradients()
-                with self._recorder.paused(), self._ahead(strength):
+                with self._engine.one_pass(strength):
                     yield
                 return
             if all(p.grad is None for p in self.selection.parameters):
@@ -421,21 +256,13 @@ class GradientRegularizer:
                     "perturbed() starts from the gradient of the first pass, and no selected parameter has one: run "
                     "loss.backward() before, and zero_grad() before that, not in between."
                 )
-            if self._recorder.num_forwards == 0:
+            if self._engine.recorder.num_forwards == 0:
                 raise ValueError(
                     f"perturbed() saw no forward of the model ({type(self.model).__name__}) in the first pass, so it "
                     "cannot replay its random numbers: call the model itself, not its parts, or use backward(loss_fn)."
                 )
-            second = None if strength is None else self._prepare(strength, grad_scale, self._recorder.num_forwards)
-            if second is None or not self._is_due(second):
-                everything, replay = self.selection.all, self._recorder.displaced_pass
-                with without_trace(self._anatomy, everything), dropping_gradients(everything), replay():
-                    yield
-                if second is not None:
-                    second.skip()
-            else:
-                with second.open(), second.displaced(0), self._recorder.displaced_pass():
-                    yield
+            with self._engine.second_pass_of_block(strength, self.step, grad_scale):
+                yield
 
     # The third door.
 
@@ -454,46 +281,14 @@ class GradientRegularizer:
         known = set(self.selection.all)
         owned = self.selection.all if owned is None else owned
         others = [p for p in owned if p not in known]
-        with self._door(others), self._looking_ahead():
+        with self._door(others), self._engine.looking_ahead(self.step):
             strength = self._strength()
             if strength is None or self._method.is_one_pass:
-                with self._recorder.paused(), self._ahead(strength), torch.enable_grad():
+                with self._engine.one_pass(strength), torch.enable_grad():
                     return closure()
-            with self._all_or_nothing() as before, torch.enable_grad():
-                with self._recorder.first_pass(), self._ranks.first_pass():
-                    loss = run_closure(closure, owned, self.selection.parameters)
-
-                def replay() -> None:
-                    before.restore()
-                    closure()
-
-                self._second_pass(replay, strength, 1.0, self._recorder.num_forwards, others)
-            return loss
+            return self._engine.step_of_closure(closure, owned, others, strength, self.step)
 
     # What the doors share.
-
-    @contextmanager
-    def _ahead(self, strength: Strength | None) -> Iterator[None]:
-        """The one pass of a step, at θ + εd; with γ = 0 at θ."""
-        if strength is None:
-            yield
-            return
-        with self._displacer().standing(strength.epsilon) as moving:
-            self._diagnostics.count_pass(moving)
-            yield
-
-    @contextmanager
-    def _looking_ahead(self) -> Iterator[None]:
-        """With `at`, all passes of a step from θ + ρd on."""
-        at, directions = self._method.at, self._ahead_directions
-        radius = 0.0 if at is None else at.radius(self.step)
-        if directions is None or radius == 0:
-            yield
-            return
-        named, diagnostics = self.selection.named, self._diagnostics
-        ahead = Displacer(self._anatomy, named, directions, self._displacement, diagnostics, measures=False)
-        with ahead.standing(radius):
-            yield
 
     def _refuse_gradients(self) -> None:
         if any(p.grad is not None for p in self.selection.parameters):
@@ -514,19 +309,17 @@ class GradientRegularizer:
         """One step: refuses to be entered twice; counts when it closes well. `others`: parameters outside the model."""
         if self._is_open:
             raise RuntimeError("a second pass of this regularizer is open: doors do not nest.")
-        if self._anatomy.follow():
+        if self._engine.anatomy.follow():
             self.selection.read(self.model)
         self._is_open = True
         try:
-            self._ranks.agree(self._configuration)
+            self._engine.ranks.agree(self._configuration)
             with keeping_views([*self.selection.all, *others]):
                 yield
-                for directions in (self._directions, self._ahead_directions):
-                    if directions is not None:
-                        directions.remember(self.selection.named)
+                self._carried.remember(self.selection.named)
             self.step += 1
         finally:
-            self._recorder.forget()
+            self._engine.recorder.forget()
             self._is_open = False
 
     def _configuration(self) -> dict[str, str]:
@@ -542,39 +335,10 @@ class GradientRegularizer:
             "ascent_sync": self._ascent_sync,
             "batch": str(method.batch),
             "at": str(method.at),
-            "when": "None" if self._test is None else name_of(self._test.rule),
+            "when": "None" if self._carried.test is None else name_of(self._carried.test.rule),
             "the selected parameters": ", ".join(self.selection.named),
             "the step": str(self.step),
         }
-
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[Moment]:
-        """The moment before both passes; after an exception, buffers and random state are back there."""
-        before = Moment(self._anatomy)
-        try:
-            yield before
-        except BaseException:
-            before.restore()
-            raise
-
-    @contextmanager
-    def _adding_to_gradients(self) -> Iterator[None]:
-        """What is in `.grad` is put aside, and ĝ added to it in the end; after an exception it is as it was."""
-        parameters = self.selection.all
-        before = take_gradients(parameters)
-        try:
-            yield
-            for i, (p, old) in enumerate(zip(parameters, before)):
-                if old is not None and p.grad is not None:
-                    with torch.no_grad():
-                        before[i] = old + p.grad if old.is_sparse or p.grad.is_sparse else old.add_(p.grad)
-                elif old is None:
-                    before[i] = p.grad
-        finally:
-            give_gradients(parameters, before)
-
-    def _examine(self, loss: Tensor) -> None:
-        self._examination.of(loss, self.selection.all)
 
     # What the user reads and saves.
 
@@ -589,23 +353,11 @@ class GradientRegularizer:
         - `active_steps`, `skipped_steps`: steps with γ > 0 whose gradients were all finite and not zero, and the
         others.
         """
-        return self._diagnostics.read()
+        return self._carried.diagnostics.read()
 
     def state_dict(self) -> dict[str, Any]:
         """The step, the counters and what a mode carries from step to step; γ and ε are configuration, not saved."""
-        state = {"step": self.step, **self._diagnostics.state_dict()}
-        if self._test is not None:
-            state["running_test"] = {"mean": self._test.mean, "variance": self._test.variance}
-        if self._remembering is not None:
-            state["previous"] = self._remembering.state_dict()
-        return state
-
-    @property
-    def _remembering(self) -> Directions | None:
-        """What carries gradients from step to step."""
-        if self._ahead_directions is not None:
-            return self._ahead_directions if self._ahead_directions.remembers else None
-        return self._directions if self._directions.remembers else None
+        return {"step": self.step, **self._carried.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what `state_dict()` gave.
@@ -621,16 +373,5 @@ class GradientRegularizer:
             value = state_dict[name]
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"state_dict[{name!r}] must be an integer ≥ 0, got {value!r}.")
-        if self._remembering is not None:
-            self._remembering.load_state_dict(state_dict["previous"], self.selection.named)
-        if self._test is not None:
-            self._test = RunningTest(self._test.rule, **state_dict["running_test"])
+        self._carried.load_state_dict(state_dict, self.selection.named)
         self.step = state_dict["step"]
-        self._diagnostics.load_state_dict(state_dict)
-
-
-def _scale_of(grad_scale: float | Tensor, factors: Sequence[Tensor], backward: Backward) -> float | Tensor:
-    """The loss scale: what the user says, or what `backward` was seen to multiply by."""
-    if factors and not isinstance(grad_scale, Tensor) and grad_scale == 1:
-        return (factors[0] * loss_division(backward)).clamp(min=1)
-    return grad_scale

@@ -90,7 +90,7 @@ class Displacer:
         directions: finds d.
         displacement: owns the extra copy of the weights.
         diagnostics: receives what was realized.
-        measures: whether it does.
+        is_base: nothing is measured, and other displacements go on from there.
     """
 
     def __init__(
@@ -100,14 +100,14 @@ class Displacer:
         directions: Directions,
         displacement: Displacement,
         diagnostics: Diagnostics,
-        measures: bool = True,
+        is_base: bool = False,
     ) -> None:
         self.anatomy = anatomy
         self.named = named
         self.directions = directions
         self.displacement = displacement
         self.diagnostics = diagnostics
-        self._measures = measures
+        self._is_base = is_base
 
     @contextmanager
     def standing(
@@ -139,9 +139,9 @@ class Displacer:
                 step = radius * scale if isinstance(scale, Tensor) else torch.full((), radius * scale)
             else:
                 step = torch.where(norm.isfinite() & (norm > 0), torch.full_like(norm, radius) * scale, 0.0)
-            self.displacement.open(self.anatomy.modules, moving, step, direction)
+            self.displacement.open(self.anatomy.modules, moving, step, direction, self._is_base)
             low_precision = vectors.is_low_precision(moving)
-            if self._measures and (low_precision or self.diagnostics.is_wanted):
+            if not self._is_base and (low_precision or self.diagnostics.is_wanted):
                 self.diagnostics.record_realized(self.displacement.applied(), step, direction, low_precision)
         return moving
 
