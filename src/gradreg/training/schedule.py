@@ -51,6 +51,13 @@ class warmup:
 class late:
     """0 before step `start`, `value` from it on (and 0 again from `stop`, if given): no cost outside the window.
 
+    Costs 1 + the share of the steps in the window. A penalty on the last 6 to 12 % of the steps is reported to come near
+    one from the start; elsewhere it kept about 60 %. A learning rate that has decayed moves little there.
+
+    References:
+        Zhou et al., [Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in
+        Training](https://arxiv.org/abs/2410.10373), ICLR 2025.
+
     Example:
         >>> [late(0.1, start=2, stop=4)(step) for step in range(5)]
         [0.0, 0.0, 0.1, 0.1, 0.0]
@@ -74,8 +81,12 @@ class late:
 class every:
     """`scale · value` on every `period`-th step, 0 on the others: the average cost falls to 1 + 1/period.
 
-    `scale` makes up for the steps without: `scale=period` keeps the average of γ. For SAM, ρ·k every k-th step as in
-    MosaicML's Composer is `sam(model, every(rho, k, scale=k))`. A larger γ may diverge where the average does not.
+    `scale` makes up for the steps without: `scale=period` keeps the average of γ. For SAM, ρ·k every k-th step is
+    `sam(model, every(rho, k, scale=k))`. A larger γ may diverge where the average does not.
+
+    References:
+        [Composer](https://docs.mosaicml.com/projects/composer/en/stable/method_cards/sam.html), whose SAM has an
+        `interval`.
 
     Example:
         >>> [every(0.1, period=3, scale=2)(step) for step in range(6)]
@@ -98,7 +109,7 @@ class every:
 class bernoulli:
     """`value` on a step with probability p, else 0: the average cost is 1 + p.
 
-    Which steps is a function of `seed` and the step alone, so that ranks agree and a resumed run goes on as it was.
+    Dividing `value` by p keeps its average, with the pitfall of `every`. Which steps is a function of `seed` and the step alone, so that ranks agree and a resumed run goes on as it was.
 
     References:
         Zhao et al., [Randomized Sharpness-Aware Training](https://arxiv.org/abs/2203.09962), 2022.

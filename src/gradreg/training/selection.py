@@ -46,6 +46,10 @@ def _as_rules(argument: str, rules: Rules) -> tuple[Rule, ...]:
 class Selection:
     """The parameters of a model that the rules pick, by name; printing it shows what matched.
 
+    With few of them, such as norm layers only (SAM-ON), a step costs less than two passes, since the second makes no
+    other weight gradients; their radius is larger, near 1 (Müller et al., [Normalization Layers Are All That
+    Sharpness-Aware Minimization Needs](https://arxiv.org/abs/2306.04226), NeurIPS 2023).
+
     Args:
         model: the model, wrapped or not.
         include: patterns, module types or predicates; None takes every parameter.
