@@ -51,8 +51,8 @@ class warmup:
 class late:
     """0 before step `start`, `value` from it on (and 0 again from `stop`, if given): no cost outside the window.
 
-    Costs 1 + the share of the steps in the window. A penalty on the last 6 to 12 % of the steps is reported to come near
-    one from the start; elsewhere it kept about 60 %. A learning rate that has decayed moves little there.
+    Costs 1 + the share of the steps in the window. A penalty on the last 6 to 12 % of the steps is reported to come
+    near one from the start; elsewhere it kept about 60 %. A learning rate that has decayed moves little there.
 
     References:
         Zhou et al., [Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in
@@ -109,7 +109,8 @@ class every:
 class bernoulli:
     """`value` on a step with probability p, else 0: the average cost is 1 + p.
 
-    Dividing `value` by p keeps its average, with the pitfall of `every`. Which steps is a function of `seed` and the step alone, so that ranks agree and a resumed run goes on as it was.
+    Dividing `value` by p keeps its average, with the pitfall of `every`. Which steps is a function of `seed` and the
+    step alone, so that ranks agree and a resumed run goes on as it was.
 
     References:
         Zhao et al., [Randomized Sharpness-Aware Training](https://arxiv.org/abs/2203.09962), 2022.
