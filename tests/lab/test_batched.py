@@ -13,8 +13,9 @@ from gradreg.lab import batched, data
 from gradreg.lab.batched import is_stackable, is_worthwhile, obstacle, plan, run_all_batched, run_batched
 from gradreg.lab.batched import speed as grid_speed
 from gradreg.lab.batched.models import StackedMLP, StackedModule, linear_layers, stack
+from gradreg.lab.batched.rules import rule_of
 from gradreg.lab.batched.runs import StackedRuns
-from gradreg.lab.batched.training import StackedRegularizer, rule_of
+from gradreg.lab.batched.training import StackedRegularizer
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data.parts import Part, Split
 from gradreg.lab.runs import Job, run
@@ -27,7 +28,22 @@ SETTINGS = {
     "DB": [{"gamma": g} for g in (0.05, 0.1, 0.0)],
     "SAM": [{"rho": r} for r in (0.05, 0.1, 0.2)],
     "ASAM": [{"rho": r} for r in (0.2, 0.5, 1.0)],
+    "MSAM": [{"rho": r} for r in (0.05, 0.1, 0.2)],
+    "Previous": [{"rho": r} for r in (0.05, 0.1, 0.2)],
+    "Previous-down": [{"rho": r} for r in (0.05, 0.1, 0.2)],
+    "Split": [{"gamma": g, "epsilon": 2 * g} for g in (0.05, 0.1, 0.2)],
     "Flooding": [{"level": b} for b in (0.0, 1.0, 1.3)],
+}
+CHEAP = {
+    "a fraction": {"fraction": 0.3},
+    "a fraction of one row": {"fraction": 0.01},
+    "a fraction that rounds to all but one": {"fraction": 0.99},
+    "every third": {"period": 3},
+    "late": {"start": 0.4},
+    "at random": {"probability": 0.5},
+    "large gradients": {"threshold": 0.2},
+    "ahead": {"lookahead": 0.3},
+    "all together": {"fraction": 0.4, "lookahead": 0.3, "period": 2, "start": 0.2, "probability": 0.7},
 }
 TASK = RunConfig(data="mnist1d", width=7, batch_size=8, epochs=3, learning_rate=0.1, weight_decay=1e-2, device="cpu")
 
@@ -54,10 +70,11 @@ def small(monkeypatch):
 
 def jobs_of(method, task=TASK, **changes):
     """Three runs that differ in everything in which they may."""
+    least_momentum = 0.1 if method == "MSAM" or "lookahead" in changes or changes.get("ascent") == "momentum" else 0.0
     own = [
         {"seed": 0, "warmup": 0.0, "momentum": 0.9},
         {"seed": 1, "warmup": 0.3, "momentum": 0.5, "learning_rate": 0.2, "random_labels": 0.25},
-        {"seed": 0, "warmup": 1.0, "momentum": 0.0, "weight_decay": 0.0, "random_labels": 0.5},
+        {"seed": 0, "warmup": 1.0, "momentum": least_momentum, "weight_decay": 0.0, "random_labels": 0.5},
     ]
     return [
         Job(replace(task, method=method, **settings, **other, **changes), scored, num_records=records)
@@ -94,6 +111,79 @@ def test_every_method_and_optimizer_equals_single_runs(small, method, optimizer)
 @pytest.mark.parametrize("method", ["F-GR", "B-GR", "Central"])
 def test_every_ascent_equals_single_runs(small, method, ascent):
     check(jobs_of(method, ascent=ascent), rel=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("ascent", ["normalized", "momentum", "previous"])
+def test_a_split_batch_along_every_direction_equals_single_runs(small, ascent, optimizer):
+    check(jobs_of("Split", ascent=ascent, optimizer=optimizer), rel=1e-9)
+
+
+@pytest.mark.parametrize("method", ["F-GR", "B-GR", "Central", "SAM", "ASAM"])
+@pytest.mark.parametrize("mode", CHEAP)
+def test_every_cheap_mode_of_a_penalty_equals_single_runs(small, mode, method):
+    check(jobs_of(method, **CHEAP[mode]), rel=1e-9)
+
+
+@pytest.mark.parametrize("method", ["DB", "MSAM", "Previous", "Split"])
+@pytest.mark.parametrize("mode", ["every third", "late", "at random"])
+def test_every_schedule_of_other_methods_equals_single_runs(small, mode, method):
+    check(jobs_of(method, **CHEAP[mode]), rel=1e-9)
+
+
+def test_a_stack_has_runs_of_the_same_schedule_and_share():
+    jobs = [job for changes in CHEAP.values() for job in jobs_of("F-GR", **changes)]
+    assert sorted(len(places) for places in plan(jobs, workers=1)) == [3] * len(CHEAP)
+
+
+def test_a_step_is_as_cheap_as_its_passes():
+    def passes(**changes):
+        return rule_of(replace(TASK, **changes), num_steps=10).passes.count
+
+    assert passes() == passes(method="MSAM", rho=1.0) == passes(method="Split", gamma=0.1, epsilon=0.2) == 1
+    assert passes(method="F-GR", gamma=0.1, epsilon=0.1) == 2
+    assert passes(method="F-GR", gamma=0.1, epsilon=0.1, fraction=0.25, period=2, start=0.2) == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 1.0])
+def test_averaged_weights_equal_those_of_torch(small, share):
+    jobs = [replace(job, average=average) for job, average in zip(jobs_of("F-GR"), (share, 0.0, 0.3))]
+    check(jobs, rel=1e-9)
+    plain, averaged = run(replace(jobs[0], average=0.0)), run(jobs[0])
+    assert (plain.train_loss == averaged.train_loss) == (share == 0.01)  # the mean of the last step alone
+
+
+@pytest.mark.parametrize("model", ["mlp", "mapped"])
+def test_the_trace_of_the_hessian_equals_that_of_a_run_of_its_own(small, model, monkeypatch):
+    if model == "mapped":
+        monkeypatch.setattr("gradreg.lab.batched.runs.stack", StackedModule)
+    jobs = [replace(job, num_probes=probes) for job, probes in zip(jobs_of("SGD"), (3, 0, 2))]
+    for job, result in zip(jobs, run_batched(jobs)):
+        if job.num_probes:
+            assert result.hessian_trace == pytest.approx(run(job).hessian_trace, rel=1e-9)
+        else:
+            assert result.hessian_trace is None
+
+
+def test_a_carried_penalty_is_used_again_in_proportion_to_the_gradient():
+    model = Quartic()
+    weights = torch.tensor([[0.5, -1.0], [0.2, 0.3]], dtype=torch.float64)
+    config = replace(TASK, method="F-GR", gamma=0.1, epsilon=0.2, period=2, warmup=0.0)
+    rule = rule_of(config, num_steps=4, carries=True)
+    stacked = StackedRegularizer(model, [rule, rule], weights, num_steps=4)
+    x, y = torch.zeros(2, 4, 1), torch.zeros(2, 4, dtype=torch.int64)
+    assert torch.equal(stacked.gradient(weights, x, y, 0), weights**3)  # nothing to carry yet
+    first = weights**3
+    penalty = 0.5 * ((weights + 0.2 * first) ** 3 - first)
+    torch.testing.assert_close(stacked.gradient(weights, x, y, 1), first + penalty)
+    later = 2 * weights
+    expected = later**3 + penalty * 8  # ‖∇L‖ has grown eightfold
+    torch.testing.assert_close(stacked.gradient(later, x, y, 2), expected)
+
+
+def test_a_carried_penalty_is_for_stacks_alone():
+    with pytest.raises(ValueError, match="carries must be false"):
+        run(Job(TASK, carries=True))
 
 
 def test_methods_and_ascents_that_share_their_passes_are_one_stack(small):
@@ -148,12 +238,12 @@ def test_a_run_ends_with_the_weights_that_were_found_diverged(small):
 class Quartic:
     """L = ¼ Σ θ⁴, as a stack; `broken` slices have an infinite gradient."""
 
-    def __init__(self, broken):
+    def __init__(self, broken=()):
         self.broken = broken
 
     def gradient(self, weights, x, y, out, with_loss=False):
         out.copy_(weights**3)
-        out[self.broken] = math.inf
+        out[list(self.broken)] = math.inf
 
 
 @pytest.mark.parametrize("method", ["F-GR", "B-GR", "Central", "SAM", "ASAM"])
@@ -164,7 +254,7 @@ def test_a_slice_without_a_direction_keeps_its_first_gradient(method):
     weights = torch.tensor([1.0, 0.0, 2.0, 1e6, 1e7]).unsqueeze(1).repeat(1, 4)
     rule = rule_of(jobs_of(method)[0].config, num_steps=10)
     rules = [rule, rule, rule, replace(rule, gamma=0.0), rule]
-    found = StackedRegularizer(Quartic(broken=2), rules, weights).gradient(weights, None, None, step=5)
+    found = StackedRegularizer(Quartic([2]), rules, weights, num_steps=10).gradient(weights, None, None, step=5)
     assert found.isfinite().all(1).tolist() == [True, True, False, True, True]
     assert torch.equal(found[[1, 3, 4]], weights[[1, 3, 4]] ** 3)
     assert not torch.equal(found[0], weights[0] ** 3)

@@ -12,7 +12,6 @@ import torch
 import yaml
 from lab_folders import BASE, COSTS, EPSILONS, GAMMAS, HOSTILE, hostile_folder, sweep_folder, train_folder
 
-import gradreg
 from gradreg import cli
 from gradreg.lab import stats
 from gradreg.lab.config import RunConfig, from_mapping
@@ -325,12 +324,25 @@ def test_costs_are_the_sweeps_or_roughly_those_of_whole_train_runs(study, tmp_pa
 # What can be copied
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+CHEAP = {
+    "ahead of a fraction": {"method": "F-GR", "fraction": 0.25, "lookahead": 0.5, "start": 0.4, "probability": 0.9},
+    "SAM, every 2nd, ahead": {"method": "SAM", "lookahead": 0.5, "period": 2},
+    "large gradients": {"method": "B-GR", "threshold": 0.5},
+    "MSAM, late": {"method": "MSAM", "start": 0.3},
+    "split, momentum": {"method": "Split", "ascent": "momentum"},
+    "split, previous": {"method": "Split", "ascent": "previous"},
+}
+SNIPPETS = {**{method: {"method": method, "ascent": "normalized"} for method in METHODS}, **CHEAP}
+
+
+@pytest.mark.parametrize("name", SNIPPETS)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_the_python_snippet_trains(method, optimizer):
+def test_the_python_snippet_trains_as_a_run_does(name, optimizer):
     values = {"gamma": 0.1, "epsilon": 0.5, "rho": 0.05, "level": 0.1}
-    needs = {name: values[name] for name in METHODS[method].needs}
-    config = RunConfig(method=method, optimizer=optimizer, epochs=2, ascent="normalized", learning_rate=0.01, **needs)
+    if SNIPPETS[name]["method"] in ("SGD", "Flooding", "MSAM", "Previous", "Previous-down"):
+        SNIPPETS[name].pop("ascent", None)
+    needs = {key: values[key] for key in METHODS[SNIPPETS[name]["method"]].needs}
+    config = RunConfig(optimizer=optimizer, epochs=2, learning_rate=0.01, **SNIPPETS[name], **needs)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
     before = [p.detach().clone() for p in model.parameters()]
     names = {
@@ -341,11 +353,11 @@ def test_the_python_snippet_trains(method, optimizer):
     exec(as_python(config), names)
     assert names["schedule"].last_epoch == 6
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
-    regularizer = names.get("regularizer")
-    if regularizer is not None and "gamma" in needs:
-        fresh = gradreg.GradientRegularizer(model, 0.1, 0.5, ascent="gradient" if method == "DB" else "normalized")
-        assert type(regularizer._method.ascent) is type(fresh._method.ascent)
-        assert (regularizer.gamma(2), regularizer.epsilon) == (0.1, needs.get("epsilon", 1.0))
+    attached = METHODS[config.method].attach(model, 6, config, names["optimizer"]).regularizer
+    if attached is not None:
+        found = names["regularizer"]
+        attached.step, found.epsilon = 6, found.epsilon if callable(found.epsilon) else float(found.epsilon)
+        assert repr(found) == repr(attached)
 
 
 def test_the_yaml_is_the_configuration(html, study):

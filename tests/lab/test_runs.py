@@ -14,7 +14,12 @@ from gradreg.lab.runs import Job, measure, run
 DIGITS, MLP, *_ = (replace(task, epochs=2) for task in TASKS.values())
 
 
-SETTINGS = {**{name: grid[0] for name, grid in GRIDS.items()}, "Central": GRIDS["F-GR"][0], "ASAM": GRIDS["SAM"][0]}
+SETTINGS = {
+    **{name: grid[0] for name, grid in GRIDS.items()},
+    "Central": GRIDS["F-GR"][0],
+    **dict.fromkeys(("ASAM", "MSAM", "Previous", "Previous-down"), GRIDS["SAM"][0]),
+    "Split": {"gamma": 0.1, "epsilon": 0.2},
+}
 
 
 def config(method, task=DIGITS, settings=None, **changes):

@@ -177,6 +177,11 @@ EVERY_FIELD = {
     "epsilon": 0.3,
     "ascent": "normalized",
     "warmup": 0.2,
+    "fraction": 0.25,
+    "lookahead": 1.5,
+    "period": 4,
+    "start": 0.1,
+    "probability": 0.9,
     "optimizer": "adamw",
     "learning_rate": 0.01,
     "weight_decay": 0.1,
@@ -209,7 +214,7 @@ def test_the_command_of_a_plan_gives_the_plan(plan, plans):
 
 
 def test_a_file_gives_the_plan_and_options_win_over_it(tmp_path, plans):
-    assert set(EVERY_FIELD) | {"rho", "level"} == set(FIELDS)
+    assert set(EVERY_FIELD) | {"rho", "level", "threshold"} == set(FIELDS)
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(EVERY_FIELD), encoding="utf-8")  # JSON is YAML
     assert cli.main(["train", "--config", str(file)]) == 0
@@ -231,6 +236,14 @@ REFUSED = [
     ("--learning-rate nan", "--learning-rate must be a number above 0"),
     ("--method f-gr --gamma 0.1", "epsilon must be given with method F-GR"),
     ("--gamma 0.1", "gamma must be left out with method SGD"),
+    ("--fraction 0", "--fraction must be a number above 0 and at most 1, got '0'"),
+    ("--method msam --rho 1 --fraction 0.1", "fraction must be left out with method MSAM, got '0.1'; methods"),
+    ("--period 4", "period must be left out with method SGD, got '4'; methods with it: F-GR"),
+    ("--method split --gamma 1 --epsilon 1", "gamma must be below epsilon with method Split"),
+    ("--method split --gamma 1 --epsilon 2 --ascent adaptive", "ascent must be one of gradient, normalized, momentum"),
+    ("--method f-gr --gamma 1 --epsilon 1 --ascent momentum", "ascent must be one of gradient, normalized, adaptive"),
+    ("--method f-gr --gamma 1 --epsilon 1 --fraction 0.5 --threshold 0", "threshold must be left out with a fraction"),
+    ("--method msam --rho 1 --momentum 0", "momentum must be above 0 for a direction along it"),
     ("--checkpoint-every 0", "--checkpoint-every must be a whole number from 1"),
     ("--keep none", "--keep must be a whole number from 1"),
     ("--compile --method db --gamma 0.1", "compile must be false with method DB"),

@@ -30,6 +30,11 @@ VARIANTS = {
     "bf16": {"method": "F-GR", **GRADIENT, "precision": "bf16"},
     "fp16": {"method": "F-GR", **GRADIENT, "precision": "fp16"},
     "cnn with BatchNorm": {"model": "cnn", "method": "B-GR", **GRADIENT},
+    "msam": {"method": "MSAM", "rho": 0.2, "probability": 0.7},
+    "previous": {"method": "Previous", "rho": 0.2},
+    "split along the previous gradient": {"method": "Split", "gamma": 0.1, "epsilon": 0.2, "ascent": "previous"},
+    "large gradients": {"method": "F-GR", **GRADIENT, "threshold": 0.0},
+    "a fraction, ahead, every third": {"method": "F-GR", **GRADIENT, "fraction": 0.2, "lookahead": 0.2, "period": 3},
 }
 
 
@@ -121,7 +126,7 @@ def test_an_epoch_sees_every_row_of_whole_batches_once(monkeypatch):
     config = replace(CONFIG, num_train=50)
     data = load(config)
     trainer = Trainer(config, Split(Part(torch.arange(50.0).view(50, 1), data.train.y), data.validation, data.test))
-    monkeypatch.setattr(trainer, "_backward", lambda loss_fn: None)
+    monkeypatch.setattr(trainer, "_backward", lambda loss_fn, batches: None)
     monkeypatch.setattr(trainer, "_share", lambda batch: seen.append(batch.x.flatten().long()))
     trainer.epoch()
     assert trainer.step == 2
@@ -203,7 +208,7 @@ def test_what_is_augmented_does_not_depend_on_the_processes():
     for group in (Processes(0, 1), Processes(0, 2), Processes(1, 2)):
         alone = Trainer(config, images())
         alone.processes = group
-        shares.append(alone._share(alone.data.train[:20]).x)
+        shares.append(alone._share(alone.data.train[:20])[0])
     assert torch.equal(shares[0][0::2], shares[1])
     assert torch.equal(shares[0][1::2], shares[2])
 

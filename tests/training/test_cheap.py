@@ -608,6 +608,18 @@ def test_ahead_comes_back_bitwise_where_weights_are_views_that_must_stay_in_plac
     assert torch.equal(buffer, torch.cat([p.detach().flatten() for p in flat.parameters]))
 
 
+def test_cheap_is_a_fraction_ahead_that_rises_over_the_first_steps():
+    problem, other = Problem(), Problem()
+    optimizer, base = sgd(problem), sgd(other)
+    problem.train(gradreg.cheap(problem.model, optimizer, 10, gamma=0.3, epsilon=RHO, rho=0.7, share=0.3), optimizer, 5)
+    ahead = gradreg.Ahead(gradreg.Momentum(base), gradreg.warmup(0.7, 3))
+    by_hand = gradreg.GradientRegularizer(
+        other.model, gradreg.warmup(0.3, 3), RHO, batch=gradreg.Fraction(0.3), at=ahead
+    )
+    other.train(by_hand, base, steps=5)
+    assert_same(problem.parameters, other.parameters)
+
+
 def test_ahead_without_a_penalty_is_msam():
     problem, other = Problem(), Problem()
     optimizer, base = sgd(problem), sgd(other)
@@ -798,6 +810,10 @@ def _refusals():
     yield "ahead, twice", lambda p: build(p, 0.1, 0.1, ascent=momentum(p), at=ahead(p)), "moved its pass already"
     yield "ahead, split", lambda p: build(p, 0.1, 0.2, batch=gradreg.Split(), at=ahead(p)), "moved its pass already"
     yield "ahead, block", lambda p: build(p, 0.1, 0.2, at=ahead(p)).perturbed().__enter__(), "backward(loss_fn)"
+    yield "cheap, steps", lambda p: gradreg.cheap(p.model, sgd(p), 0), "num_steps must be"
+    yield "cheap, momentum", lambda p: gradreg.cheap(p.model, sgd(p, momentum=0), 10), "momentum=0.9"
+    yield "cheap, share", lambda p: gradreg.cheap(p.model, sgd(p), 10, share=1.0), "share must"
+    yield "cheap, rho", lambda p: gradreg.cheap(p.model, sgd(p), 10, rho=-1.0), "rho must"
     yield "probability", lambda p: gradreg.bernoulli(0.1, 1.5), "from 0 to 1"
     yield "seed", lambda p: gradreg.bernoulli(0.1, 0.5, seed=-1), "seed"
     yield "scale", lambda p: gradreg.every(0.1, 2, scale=-1), "scale"

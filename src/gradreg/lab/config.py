@@ -12,11 +12,11 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from gradreg.lab.folder import BadInput
-from gradreg.lab.methods import METHODS
+from gradreg.lab.methods import METHODS, check_together
 
 DATA = ("mnist1d", "digits", "cifar10", "cifar100", "images", "hub", "text")
 MODELS = ("mlp", "cnn", "resnet18", "wideresnet", "vit", "gpt")
-ASCENTS = ("gradient", "normalized", "adaptive")
+ASCENTS = ("gradient", "normalized", "adaptive", "momentum", "previous")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -72,10 +72,16 @@ class RunConfig:
     method: str = _choice("SGD", tuple(METHODS), "What the optimizer is given in the place of the gradient.")
     gamma: float | None = _number(None, 0, 1e6, "Strength γ of the penalty.")
     epsilon: float | None = _number(None, 0, 1e6, "Step length ε of the finite difference.", above=True)
-    rho: float | None = _number(None, 0, 1e6, "Radius ρ of SAM and ASAM.", above=True)
+    rho: float | None = _number(None, 0, 1e6, "Radius ρ of SAM, ASAM, MSAM, Previous.", above=True)
     level: float | None = _number(None, 0, 1e6, "Flood level.")
-    ascent: str = _choice("gradient", ASCENTS, "Direction of the finite difference, for F-GR, B-GR and Central.")
-    warmup: float = _number(0.3, 0, 1, "Share of the steps over which γ rises from 0.")
+    ascent: str = _choice("gradient", ASCENTS, "Direction of the displacement, for F-GR, B-GR, Central and Split.")
+    warmup: float = _number(0.3, 0, 1, "Share of the steps over which γ, or ρ of a step in one pass, rises from 0.")
+    fraction: float = _number(1.0, 0, 1, "Share of the batch that the penalty is taken on.", above=True)
+    lookahead: float = _number(0.0, 0, 1e6, "Radius ρ of MSAM, to whose point the whole step of a penalty is moved.")
+    period: int = _whole(1, 1, 10**6, "A penalty in every so many steps only.")
+    start: float = _number(0.0, 0, 1, "Share of the steps before the penalty begins.")
+    probability: float = _number(1.0, 0, 1, "Share of the steps, drawn at random, that have a penalty.", above=True)
+    threshold: float | None = _number(None, -1e6, 1e6, "Penalty only where ‖∇L‖² is so many deviations above its mean.")
     optimizer: str = _choice("sgd", OPTIMIZERS, "Optimizer.")
     learning_rate: float = _number(0.1, 0, 1e3, "The first, and highest, of the cosine schedule.", above=True)
     weight_decay: float = _number(0.0, 0, 1e3, "Weight decay, applied by the optimizer.")
@@ -98,6 +104,7 @@ class RunConfig:
                 raise BadInput(f"{name} must be left out with {has}.")
             if not given and name in needed:
                 raise BadInput(f"{name} must be given with {has}.")
+        check_together(self)
 
     @property
     def settings(self) -> dict[str, float]:

@@ -16,12 +16,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
+from gradreg import curvature
 from gradreg.lab import objective
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import Part
 from gradreg.lab.train.randomness import seeded
 from gradreg.lab.train.trainer import Trainer, make_optimizer
+
+_ROWS = 500  # of the data, whose graph is kept at a time for the Hessian
 
 __all__ = ["Job", "Result", "accuracy", "make_optimizer", "measure", "record", "run"]
 
@@ -35,6 +39,12 @@ class Job:
     """`test`, or `validation` while tuning: a run looks at one of the two."""
     num_records: int = 10
     """About how often the training loss and ‖∇L‖ are recorded on the way; 0 for the last step only."""
+    average: float = 0.0
+    """Share of the steps, the last ones, after which weights go into a mean; that mean is what is measured last."""
+    num_probes: int = 0
+    """Random vectors to estimate the trace of the Hessian with, at the end; 0 does not."""
+    carries: bool = False
+    """Use the last penalty again in the steps between, in proportion to ‖∇L‖; in a stack only."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +58,27 @@ class Result:
     """`step`, `train_loss`, `grad_norm`, evenly spaced; the last step included."""
     diverged: bool
     seconds: float
+    hessian_trace: float | None = None
+    """tr H of the training loss, if it was asked for."""
 
 
 def run(job: Job) -> Result:
     """Train and measure. Bitwise the same for the same configuration on the same machine."""
+    if job.carries:
+        raise ValueError("carries must be false in a run of its own, got True: it is a study's, use run_batched.")
     started = time.perf_counter()
     epochs = job.config.epochs
     with seeded(job.config.seed):
         trainer = Trainer(job.config)
         model, data = trainer.model, trainer.data
+        averaged = AveragedModel(model) if job.average else None
+
+        def average() -> bool:
+            """After a step; never ends the run."""
+            if averaged is not None and trainer.step > first_averaged(job.average, trainer.num_steps):
+                averaged.update_parameters(model)
+            return False
+
         trace: list[dict[str, float]] = []
         record_every = max(1, epochs // job.num_records) if job.num_records else epochs + 1
         for epoch in range(epochs):
@@ -64,15 +86,36 @@ def run(job: Job) -> Result:
                 trace.append({"step": trainer.step, **measure(model, data.train)})
                 if not math.isfinite(trace[-1]["train_loss"]):
                     break
-            trainer.epoch()
+            trainer.epoch(average)
+        else:
+            if averaged is not None:
+                model.load_state_dict(averaged.module.state_dict())
 
     last = measure(model, data.train)
     trace.append({"step": trainer.num_steps, **last})
     scored = {"test": data.test, "validation": data.validation}[job.scored_on]
     diverged = not math.isfinite(last["train_loss"])
     return Result(
-        accuracy(model, scored), **last, trace=trace, diverged=diverged, seconds=time.perf_counter() - started
+        accuracy(model, scored),
+        **last,
+        trace=trace,
+        diverged=diverged,
+        seconds=time.perf_counter() - started,
+        hessian_trace=_hessian_trace(model, data.train, job.num_probes) if job.num_probes else None,
     )
+
+
+def _hessian_trace(model: nn.Module, part: Part, num_probes: int) -> float:
+    model.eval()
+    batches = [part[first : first + _ROWS] for first in range(0, len(part), _ROWS)]
+    return curvature.hessian_trace(
+        lambda batch: objective.loss(model, batch), model, batches, num_probes=num_probes
+    ).mean
+
+
+def first_averaged(share: float, num_steps: int) -> float:
+    """The first step whose weights go into the mean."""
+    return num_steps - max(1, round(share * num_steps)) if share else math.inf
 
 
 def measure(model: nn.Module, part: Part) -> dict[str, float]:
@@ -88,4 +131,7 @@ def accuracy(model: nn.Module, part: Part) -> float:
 
 def record(job: Job, result: Result) -> dict[str, Any]:
     """A line of runs.jsonl."""
-    return {**asdict(job.config), "task": job.config.task, "scored_on": job.scored_on, **asdict(result)}
+    measured = asdict(result)
+    if result.hessian_trace is None:
+        del measured["hessian_trace"]
+    return {**asdict(job.config), "task": job.config.task, "scored_on": job.scored_on, **measured}

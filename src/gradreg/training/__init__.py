@@ -3,7 +3,7 @@
 from gradreg.training.batch import Fraction, Split
 from gradreg.training.directions import Ahead, Momentum, Previous
 from gradreg.training.optimizer import RegularizedOptimizer
-from gradreg.training.presets import asam, gnp, msam, sam
+from gradreg.training.presets import asam, cheap, gnp, msam, sam
 from gradreg.training.regularizer import GradientRegularizer
 from gradreg.training.schedule import LargeGradients, bernoulli, every, late, warmup
 
@@ -18,6 +18,7 @@ __all__ = [
     "Split",
     "asam",
     "bernoulli",
+    "cheap",
     "every",
     "gnp",
     "late",

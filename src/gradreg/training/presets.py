@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from gradreg.functional.ascents import Adaptive
-from gradreg.training.directions import Momentum
+from gradreg.training.batch import Fraction
+from gradreg.training.directions import Ahead, Momentum
 from gradreg.training.regularizer import GradientRegularizer
-from gradreg.training.schedule import Schedule, check
+from gradreg.training.schedule import Schedule, check, warmup
 
 
 def sam(model: nn.Module, rho: Schedule, **options: Any) -> GradientRegularizer:
@@ -88,6 +89,66 @@ def msam(model: nn.Module, optimizer: Any, rho: Schedule, sign: int = -1, **opti
     """
     check("rho", rho)
     return GradientRegularizer(model, rho, rho, ascent=Momentum(optimizer, sign), **options)
+
+
+def cheap(
+    model: nn.Module,
+    optimizer: Any,
+    num_steps: int,
+    *,
+    gamma: float = 0.03,
+    epsilon: float = 0.5,
+    rho: float = 1.0,
+    share: float = 0.05,
+    **options: Any,
+) -> GradientRegularizer:
+    r"""The best of `gradreg frontier` at nearly the price of plain training: a penalty on a twentieth of the batch, and
+    all of the step ahead along the momentum.
+
+    $$\tilde\theta = \theta - \rho \, v / \|v\|, \quad \hat g = \nabla L_D(\tilde\theta)
+    + \tfrac\gamma\epsilon [\nabla L_A(\tilde\theta + \epsilon \nabla L_A) - \nabla L_A(\tilde\theta)]$$
+
+    1.05 passes and one extra copy of the parameters. RESULTS
+
+    Call `backward(loss_fn, batches=[batch])`, with `loss_fn(batch)` a mean over rows.
+
+    Args:
+        model: the model.
+        optimizer: the base optimizer, with momentum.
+        num_steps: of the training; γ and ρ rise over the first 30 % of them.
+        gamma: γ, on the share alone; tune it first, by factors of 3.
+        epsilon: ε.
+        rho: ρ, the way ahead, in the units of the weights; tune it second. 0 stays at θ.
+        share: of the batch that the penalty is taken on.
+        options: further arguments of `GradientRegularizer`.
+
+    Raises:
+        ValueError: numbers outside of their range, an optimizer without momentum.
+
+    References:
+        docs/frontier.md; its two halves are `Fraction` and `Ahead`.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> regularizer = cheap(model, optimizer, num_steps=1000)
+        >>> x, y = torch.randn(20, 2), torch.randn(20, 1)
+        >>> loss = regularizer.backward(lambda batch: (model(batch[0]) - batch[1]).square().mean(), [(x, y)])
+    """
+    check("gamma", gamma)
+    check("rho", rho or 1.0)
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps must be an integer ≥ 1, got {num_steps!r}.")
+    rising_steps = max(1, round(0.3 * num_steps))
+    return GradientRegularizer(
+        model,
+        warmup(gamma, rising_steps),
+        epsilon,
+        batch=Fraction(share),
+        at=Ahead(Momentum(optimizer), warmup(rho, rising_steps)),
+        **options,
+    )
 
 
 def gnp(model: nn.Module, radius: float, alpha: float, **options: Any) -> GradientRegularizer:

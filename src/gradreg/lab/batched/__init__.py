@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from gradreg.lab.batched.models import linear_layers
+from gradreg.lab.batched.rules import rule_of
 from gradreg.lab.batched.runs import StackedRuns
 from gradreg.lab.batched.speed import GridSpeed, measure_grid_speed
-from gradreg.lab.batched.training import rule_of
 from gradreg.lab.config import FIELDS, RunConfig
 from gradreg.lab.data import load
 from gradreg.lab.models import build
@@ -33,6 +33,7 @@ Progress = Callable[[str, int, int], None]  # what is running, runs done, runs p
 
 OWN = (
     *("random_labels", "method", "gamma", "epsilon", "rho", "level", "ascent", "warmup"),
+    *("fraction", "lookahead", "period", "start", "probability", "threshold"),
     *("learning_rate", "weight_decay", "momentum", "seed"),
 )
 """The fields in which the runs of a stack may differ."""
@@ -145,7 +146,7 @@ def plan(jobs: Sequence[Job], workers: int) -> list[list[int]]:
     groups: dict[Any, list[int]] = {}
     for k, job in enumerate(jobs):
         config = job.config
-        key = (_shared(config), rule_of(config, 1).passes)
+        key = (_shared(config), rule_of(config, 1, job.carries).passes)
         groups.setdefault(key, []).append(k)
     stacks: list[tuple[float, list[int]]] = []
     for key, places in groups.items():

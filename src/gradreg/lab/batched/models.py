@@ -98,7 +98,7 @@ class StackedMLP:
         self._sizes = [(layer.out_features, layer.in_features) for layer in layers]
         self._parts = [size for fan_out, fan_in in self._sizes for size in (fan_out * fan_in, fan_out)]
         self._views: dict[int, tuple[Tensor, list[tuple[Tensor, Tensor]]]] = {}
-        self._room: list[Tensor] = []
+        self._rooms: dict[tuple[int, int], _Room] = {}
 
     def gradient(self, weights: Tensor, x: Tensor, y: Tensor, out: Tensor, with_loss: bool = False) -> Tensor | None:
         *hidden, (head, bias) = self._layers(weights)
@@ -165,15 +165,26 @@ class StackedMLP:
 
     def _make_room(self, x: Tensor) -> None:
         num_slices, batch_size = x.shape[:2]
-        if not self._room or self._probabilities.shape[::2] != x.shape[:2]:
-            (classes, fan_in), hidden = self._sizes[-1], self._sizes[:-1]
-            self._room = [x.new_empty(num_slices, batch_size, fan_out) for fan_out, _ in hidden]
-            self._deltas = [torch.empty_like(a) for a in self._room]
-            self._delta = x.new_empty(num_slices, classes, batch_size)
-            self._probabilities = torch.empty_like(self._delta)
-            self._minus_one = x.new_full((num_slices, 1, batch_size), -1.0)
-            self._head_gradient = x.new_empty(num_slices, classes, fan_in)
-        self._inputs = [x, *self._room]
+        if (num_slices, batch_size) not in self._rooms:
+            self._rooms[num_slices, batch_size] = _Room(self._sizes, x)
+        room = self._rooms[num_slices, batch_size]
+        self._inputs, self._deltas, self._delta = [x, *room.activations], room.deltas, room.delta
+        self._probabilities, self._minus_one = room.probabilities, room.minus_one
+        self._head_gradient = room.head_gradient
+
+
+class _Room:
+    """Memory for batches of one size."""
+
+    def __init__(self, sizes: Sequence[tuple[int, int]], x: Tensor) -> None:
+        num_slices, batch_size = x.shape[:2]
+        (classes, fan_in), hidden = sizes[-1], sizes[:-1]
+        self.activations = [x.new_empty(num_slices, batch_size, fan_out) for fan_out, _ in hidden]
+        self.deltas = [torch.empty_like(a) for a in self.activations]
+        self.delta = x.new_empty(num_slices, classes, batch_size)
+        self.probabilities = torch.empty_like(self.delta)
+        self.minus_one = x.new_full((num_slices, 1, batch_size), -1.0)
+        self.head_gradient = x.new_empty(num_slices, classes, fan_in)
 
 
 def _plus(total: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:

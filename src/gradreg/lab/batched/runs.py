@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from gradreg.lab.batched.models import stack
-from gradreg.lab.batched.training import StackedOptimizer, StackedRegularizer, rule_of
+from gradreg.lab.batched.rules import rule_of
+from gradreg.lab.batched.training import StackedAverage, StackedOptimizer, StackedRegularizer
 from gradreg.lab.data import load
 from gradreg.lab.models import build
 from gradreg.lab.runs import Job, Result, accuracy
@@ -42,11 +43,13 @@ class StackedRuns:
         self.num_steps = self._epochs * self._steps_per_epoch
         self.weights = torch.stack([parameters_to_vector(model.parameters()).detach() for model in models]).to(device)
         self._stack = stack(self._model)
-        rules = [rule_of(config, self.num_steps) for config in configs]
-        self._regularizer = StackedRegularizer(self._stack, rules, self.weights)
+        rules = [rule_of(job.config, self.num_steps, job.carries) for job in jobs]
+        self._regularizer = StackedRegularizer(self._stack, rules, self.weights, self.num_steps)
+        self._average = StackedAverage([job.average for job in jobs], self.weights, self.num_steps)
         self._optimizer = StackedOptimizer(configs, self.weights)
         self._orders = [torch.Generator().manual_seed(config.seed) for config in configs]
         self._diverged: dict[int, Tensor] = {}
+        self._is_odd = False
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> list[Result]:
         """Train and measure; `should_stop` is asked after every epoch, and ends it with KeyboardInterrupt."""
@@ -60,10 +63,12 @@ class StackedRuns:
             self.epoch(epoch)
             if should_stop():
                 raise KeyboardInterrupt
+        self._average.take_place()
         for k, weights in self._diverged.items():
             self.weights[k] = weights
         last = self._measure()
         scores = [self._score(k) for k in range(len(self._jobs))]
+        traces_of_hessian = self._hessian_traces()
         seconds = (time.perf_counter() - started) / len(self._jobs)
         return [
             Result(
@@ -72,8 +77,9 @@ class StackedRuns:
                 trace=[*trace, {"step": self.num_steps, **measured}],
                 diverged=not math.isfinite(measured["train_loss"]),
                 seconds=seconds,
+                hessian_trace=hessian_trace,
             )
-            for score, measured, trace in zip(scores, last, traces)
+            for score, measured, trace, hessian_trace in zip(scores, last, traces, traces_of_hessian)
         ]
 
     def train(self) -> None:
@@ -88,11 +94,22 @@ class StackedRuns:
         orders = torch.stack([torch.randperm(len(self._x), generator=g) for g in self._orders]).to(self._x.device)
         first = epoch * self._steps_per_epoch
         for step in range(first, first + self._steps_per_epoch):
-            rows = orders[:, (step - first) * size : (step - first + 1) * size]
-            x, y = self._batch(rows)
-            gradient = self._regularizer.gradient(self.weights, x, y, step)
             share = (1 + math.cos(math.pi * step / self.num_steps)) / 2
-            self._optimizer.step(gradient, step, share)
+            self._step(orders[:, (step - first) * size : (step - first + 1) * size], step, share)
+
+    @torch.no_grad()
+    def repeat_last_step(self) -> None:
+        """The work of one step, to be timed, at a learning rate of 0: on the first rows, then the last, in turn."""
+        self._is_odd = not self._is_odd
+        first = len(self._x) - self._batch_size if self._is_odd else 0
+        rows = torch.arange(first, first + self._batch_size, device=self._x.device).expand(len(self._jobs), -1)
+        self._step(rows, self.num_steps - 1, share=0.0)
+
+    def _step(self, rows: Tensor, step: int, share: float) -> None:
+        x, y = self._batch(rows)
+        gradient = self._regularizer.gradient(self.weights, x, y, step, self._optimizer.momentum)
+        self._optimizer.step(gradient, step, share)
+        self._average.update(step)
 
     def _batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(S, B, …) rows of the data, with the labels of each run."""
@@ -128,6 +145,25 @@ class StackedRuns:
             total.add_(part, alpha=share)
         norms = torch.linalg.vector_norm(total, dim=1)
         return [{"train_loss": a, "grad_norm": b} for a, b in zip(losses.tolist(), norms.tolist())]
+
+    @torch.no_grad()
+    def _hessian_traces(self) -> list[float | None]:
+        """Hutchinson's mean of zᵀHz over the random signs z of `gradreg.curvature.hessian_trace`, the same for all."""
+        num_probes = max(job.num_probes for job in self._jobs)
+        total = self.weights.new_zeros(len(self._jobs), num_probes, dtype=torch.float64)
+        gradient, product, along = (torch.empty_like(self.weights) for _ in range(3))
+        for rows in torch.arange(len(self._x), device=self._x.device).split(self._batch_size) if num_probes else ():
+            x, y = self._batch(rows.expand(len(self._jobs), -1))
+            self._stack.gradient(self.weights, x, y, gradient)
+            generator = torch.Generator().manual_seed(0)
+            for k in range(num_probes):
+                signs = torch.randint(0, 2, self.weights.shape[1:], generator=generator, dtype=torch.int8)
+                along.copy_(2 * signs - 1)
+                self._stack.curvature_product(self.weights, x, y, along, product)
+                total[:, k] += (along * product).sum(1).double() * (len(rows) / len(self._x))
+        return [
+            total[k, : job.num_probes].mean().item() if job.num_probes else None for k, job in enumerate(self._jobs)
+        ]
 
     def _score(self, k: int) -> float:
         rows = {"test": self._held_out.test, "validation": self._held_out.validation}[self._jobs[k].scored_on]

@@ -145,17 +145,16 @@ def _single(config: RunConfig) -> Callable[[], None]:
     model = build(config, data).to(device).train()
     x, y = data.train.x.to(device), data.train.y.to(device)
     num_steps = config.epochs * (len(x) // config.batch_size)
-    backward = METHODS[config.method].attach(model, num_steps, config).backward
     optimizer = make_optimizer(config, model)
+    backward = METHODS[config.method].attach(model, num_steps, config, optimizer).backward
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     batch_order = torch.Generator().manual_seed(config.seed)
 
     def train() -> None:
         for _ in range(config.epochs):
             for rows in torch.randperm(len(x), generator=batch_order).to(device).split(config.batch_size):
-                part = Part(x[rows], y[rows])
                 optimizer.zero_grad()
-                backward(lambda part=part: objective.loss(model, part))
+                backward(lambda batch: objective.loss(model, Part(*batch)), [(x[rows], y[rows])])
                 optimizer.step()
                 cosine.step()
         if device.type == "cuda":

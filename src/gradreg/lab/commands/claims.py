@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from gradreg.lab.commands.options import LAST_SEED, Out, Workers, app, switch, whole
+from gradreg.lab.commands.pages import check_page
 from gradreg.lab.folder import BadInput, new_folder
 
 
@@ -43,7 +44,9 @@ def claims(
             f"--seed must be a whole number from 0 to {LAST_SEED - count + 1} with {count} seeds, got '{seed}'."
         )
     if write is not None:
-        _check_page(write)
+        from gradreg.lab.claims.page import MARK
+
+        check_page(write, MARK, "gradreg claims")
     import torch
 
     from gradreg.lab.cost.steps import keep_heap
@@ -71,25 +74,3 @@ def _letters(only: list[str] | None) -> tuple[str, ...]:
     if not wanted:
         raise BadInput(f"--only must be one or more of {', '.join(CLAIMS)}, got nothing.")
     return tuple(letter for letter in CLAIMS if letter in wanted)
-
-
-def _check_page(path: Path) -> None:
-    """A new page, or one that this command made, in a folder that exists and can be written to."""
-    import os
-
-    from gradreg.lab.claims.page import MARK
-
-    shown = ascii(str(path))
-    if path.suffix != ".md" or not str(path).isprintable():
-        raise BadInput(f"--write must be the path of a page that ends in .md, got {shown}.")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise BadInput(f"--write must be a page in a folder that exists and can be written to, got {shown}.")
-    if path.exists():
-        try:
-            is_ours = MARK in path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            is_ours = False
-        if not is_ours:
-            raise BadInput(
-                f"--write must be a new page or one that gradreg claims made, got {shown}, which it did not."
-            )

@@ -12,11 +12,11 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,6 +33,7 @@ WARM_UP = 3  # rounds that allocate
 RESAMPLES = 2000
 
 Step = Callable[[], object]
+Key = TypeVar("Key", bound=Hashable)
 Clock = Callable[[], float]
 CPU = torch.device("cpu")
 
@@ -58,13 +59,14 @@ def make_step(config: RunConfig, data: Split, device: torch.device = CPU) -> Ste
     """One training step on the first rows, from the freshly built model of the run."""
     model = build(config, data).to(device).train()
     first = data.train[: config.batch_size]
-    batch = Part(first.x.to(device), first.y.to(device))
-    backward = METHODS[config.method].attach(model, 1, config).backward  # a run of one step: no warm-up
+    batch = (first.x.to(device), first.y.to(device))
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=config.weight_decay)
+    method = METHODS[config.method]
+    backward = method.attach(model, 1, config, optimizer).backward  # a run of one step: no warm-up
 
     def step() -> None:
         optimizer.zero_grad()
-        backward(lambda: objective.loss(model, batch))
+        backward(lambda batch: objective.loss(model, Part(*batch)), [batch])
         optimizer.step()
 
     return step
@@ -92,15 +94,15 @@ def clock_for(device: torch.device, threads: int) -> Clock:
 
 
 def paired_seconds(
-    steps: Mapping[str, Step],
+    steps: Mapping[Key, Step],
     rounds: int,
     clock: Clock,
     warm_up: int = WARM_UP,
     progress: Callable[[], object] = lambda: None,
-) -> dict[str, list[float]]:
+) -> dict[Key, list[float]]:
     """Seconds of each step in each round, after `warm_up` rounds that are not counted."""
     names = list(steps)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[Key, list[float]] = {name: [] for name in names}
     for k in range(-warm_up, rounds):
         for name in names[k % len(names) :] + names[: k % len(names)]:
             started = clock()

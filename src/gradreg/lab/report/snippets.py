@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from gradreg.lab.config import RunConfig, from_mapping
 from gradreg.lab.folder import BadInput
+from gradreg.lab.methods import SIGNS
 from gradreg.lab.report.studies import Point
 
 _SCHEMES = {"F-GR": "forward", "B-GR": "backward", "Central": "central", "DB": "exact"}
@@ -34,29 +36,13 @@ def as_yaml(config: RunConfig) -> str:
 
 def as_python(config: RunConfig) -> str:
     """The same method and optimizer around a `model`, a `loader` and a `criterion` of one's own."""
-    rising = config.warmup > 0 and config.method in _SCHEMES and config.gamma
-    lines = ["import gradreg", "import torch", "", f"num_steps = {config.epochs} * len(loader)"]
-    if config.method in _SCHEMES:
-        gamma = (
-            f"gradreg.warmup({config.gamma:g}, round({config.warmup:g} * num_steps))" if rising else f"{config.gamma:g}"
-        )
-        epsilon = 1.0 if config.epsilon is None else config.epsilon
-        lines += [
-            "regularizer = gradreg.GradientRegularizer(",
-            "    model,",
-            f"    gamma={gamma},",
-            f"    epsilon={epsilon:g},",
-            f'    scheme="{_SCHEMES[config.method]}",',
-        ]
-        lines += [] if config.ascent == "gradient" or config.method == "DB" else [f'    ascent="{config.ascent}",']
-        lines.append(")")
-    elif config.method in ("SAM", "ASAM"):
-        lines.append(f"regularizer = gradreg.{config.method.lower()}(model, rho={config.rho:g})")
-    elif config.method == "Flooding":
-        lines.append(f"flooding = gradreg.Flooding({config.level:g})")
     kinds = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
     momentum = [f"    momentum={config.momentum:g},"] if config.optimizer == "sgd" else []
-    lines += [
+    lines = [
+        "import gradreg",
+        "import torch",
+        "",
+        f"num_steps = {config.epochs} * len(loader)",
         f"optimizer = torch.optim.{kinds[config.optimizer]}(",
         "    model.parameters(),",
         f"    lr={config.learning_rate:g},",
@@ -64,6 +50,7 @@ def as_python(config: RunConfig) -> str:
         f"    weight_decay={config.weight_decay:g},",
         ")",
         "schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)",
+        *_method(config),
         f"for epoch in range({config.epochs}):",
         "    for x, y in loader:",
         "        optimizer.zero_grad()",
@@ -74,8 +61,66 @@ def as_python(config: RunConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _method(config: RunConfig) -> list[str]:
+    """As `gradreg.lab.methods` attaches it."""
+    if config.method == "SGD":
+        return []
+    if config.method == "Flooding":
+        return [f"flooding = gradreg.Flooding({config.level:g})"]
+    options: list[str] = []
+    if config.fraction < 1:
+        options.append(f"batch=gradreg.Fraction({config.fraction:g})")
+    if config.lookahead:
+        radius = _rising(config.lookahead, config) if config.method in _SCHEMES else f"{config.lookahead:g}"
+        options.append(f"at=gradreg.Ahead(gradreg.Momentum(optimizer), {radius})")
+    if config.threshold is not None:
+        options.append(f"when=gradreg.LargeGradients({config.threshold:g})")
+    if config.method in ("SAM", "ASAM"):
+        arguments = [f"rho={_in_its_steps(f'{config.rho:g}', config)}", *options]
+        return _call(f"gradreg.{config.method.lower()}", arguments)
+    if config.method in SIGNS:
+        assert config.rho is not None
+        sign = SIGNS[config.method]
+        direction = f"Momentum(optimizer, {sign})" if config.method == "MSAM" else f"Previous({sign})"
+        rho = _in_its_steps(_rising(config.rho, config), config)
+        arguments = [f"gamma={rho}", f"epsilon={rho}", f"ascent=gradreg.{direction}"]
+        return _call("gradreg.GradientRegularizer", arguments)
+    assert config.gamma is not None
+    epsilon = 1.0 if config.epsilon is None else config.epsilon
+    arguments = [f"gamma={_in_its_steps(_rising(config.gamma, config), config)}"]
+    if config.method == "Split":
+        known = {"momentum": "gradreg.Momentum(optimizer)", "previous": "gradreg.Previous()"}
+        ascent = known.get(config.ascent, f'"{config.ascent}"')
+        arguments += [f"epsilon={_rising(epsilon, config)}", f"ascent={ascent}", "batch=gradreg.Split()"]
+        return _call("gradreg.GradientRegularizer", arguments)
+    arguments += [f"epsilon={epsilon:g}", f'scheme="{_SCHEMES[config.method]}"']
+    arguments += [] if config.ascent == "gradient" or config.method == "DB" else [f'ascent="{config.ascent}"']
+    return _call("gradreg.GradientRegularizer", [*arguments, *options])
+
+
+def _call(function: str, arguments: Sequence[str]) -> list[str]:
+    lines = [f"    {argument}," for argument in ("model", *arguments)]
+    short = f"regularizer = {function}({', '.join(('model', *arguments))})"
+    return [short] if len(arguments) == 1 else [f"regularizer = {function}(", *lines, ")"]
+
+
+def _rising(value: float, config: RunConfig) -> str:
+    is_rising = config.warmup > 0 and value
+    return f"gradreg.warmup({value:g}, round({config.warmup:g} * num_steps))" if is_rising else f"{value:g}"
+
+
+def _in_its_steps(value: str, config: RunConfig) -> str:
+    if config.start:
+        value = f"gradreg.late({value}, round({config.start:g} * num_steps))"
+    if config.period > 1:
+        value = f"gradreg.every({value}, {config.period})"
+    return f"gradreg.bernoulli({value}, {config.probability:g})" if config.probability < 1 else value
+
+
 def _step(config: RunConfig) -> list[str]:
-    if config.method in _SCHEMES or config.method in ("SAM", "ASAM"):
+    if config.fraction < 1 or config.method == "Split":  # which divide the batch
+        return ["loss = regularizer.backward(lambda batch: criterion(model(batch[0]), batch[1]), [(x, y)])"]
+    if config.method not in ("SGD", "Flooding"):
         return ["loss = regularizer.backward(lambda: criterion(model(x), y))"]
     loss = "loss = criterion(model(x), y)"
     return [loss, "flooding(loss).backward()" if config.method == "Flooding" else "loss.backward()"]

@@ -21,7 +21,11 @@ from gradreg.lab.runs import Job, Result
 from gradreg.lab.sweep.search import Range, range_from
 from gradreg.lab.yaml_file import read_yaml
 
-AXES = (*SETTINGS, "ascent", "warmup", "learning_rate", "weight_decay", "momentum", "batch_size")
+AXES = (
+    *SETTINGS,
+    *("ascent", "warmup", "fraction", "lookahead", "period", "start", "probability", "threshold"),
+    *("learning_rate", "weight_decay", "momentum", "batch_size"),
+)
 """The fields that a sweep may vary, besides the method."""
 
 MOST_SEEDS, MOST_TRIALS, MOST_RUNS = 100, 10_000, 100_000

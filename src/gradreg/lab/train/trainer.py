@@ -21,7 +21,7 @@ from gradreg.lab.config import RunConfig
 from gradreg.lab.data import Part, Split, load
 from gradreg.lab.data.augment import augment
 from gradreg.lab.folder import BadInput
-from gradreg.lab.methods import METHODS
+from gradreg.lab.methods import METHODS, ONE_PASS, Batch
 from gradreg.lab.models import build
 from gradreg.lab.train.checkpoint import differences
 from gradreg.lab.train.processes import Processes, resolve
@@ -70,15 +70,16 @@ class Trainer:
         self.steps_per_epoch = len(self.data.train) // config.batch_size
         self.num_steps = config.epochs * self.steps_per_epoch
         self._forward = self._wrapped(self.model)
-        attached = METHODS[config.method].attach(self._forward, self.num_steps, config)
-        self._backward, self.regularizer = attached.backward, attached.regularizer
         self.optimizer = make_optimizer(config, self.model)
+        attached = METHODS[config.method].attach(self._forward, self.num_steps, config, self.optimizer)
+        self._backward, self.regularizer = attached.backward, attached.regularizer
         self._cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.num_steps)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self._batch_order = torch.Generator().manual_seed(config.seed)
         self._augmentation = torch.Generator().manual_seed(config.seed)
         self._epoch_start = self._batch_order.get_state()  # before the order of the epoch was drawn
-        self._follows_penalty = follows_penalty and self.regularizer is not None
+        has_first_gradient = self.regularizer is not None and config.method not in ONE_PASS
+        self._follows_penalty = follows_penalty and has_first_gradient
         self.penalty_ratio = 0.0
         self.place = Place()
 
@@ -115,9 +116,9 @@ class Trainer:
         part = self._share(batch)
         self.optimizer.zero_grad()
         if self.config.precision == "fp16":
-            self._backward(lambda: self._loss(part), backward=lambda loss: self._scaler.scale(loss).backward())
+            self._backward(self._loss, [part], backward=lambda loss: self._scaler.scale(loss).backward())
         else:
-            self._backward(lambda: self._loss(part))
+            self._backward(self._loss, [part])
         self._scaler.step(self.optimizer)
         self._scaler.update()
         with warnings.catch_warnings():
@@ -125,18 +126,19 @@ class Trainer:
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self._cosine.step()
 
-    def _loss(self, part: Part) -> Tensor:
+    def _loss(self, batch: Batch) -> Tensor:
+        part = Part(*batch)
         dtype = _LOW_PRECISION.get(self.config.precision)
         if dtype is None:
             return objective.loss(self._forward, part)
         with torch.autocast(self.device.type, dtype):
             return objective.loss(self._forward, part)
 
-    def _share(self, batch: Part) -> Part:
+    def _share(self, batch: Part) -> Batch:
         """This process's rows; the whole batch is augmented first, so that they do not depend on the others."""
         x = augment(batch.x, self._augmentation) if self.config.augment else batch.x
         own = slice(self.processes.rank, None, self.processes.size)
-        return Part(x[own].to(self.device), batch.y[own].to(self.device))
+        return x[own].to(self.device), batch.y[own].to(self.device)
 
     def _end_epoch(self) -> None:
         if self._follows_penalty:
