@@ -30,6 +30,6 @@ def check_one_replay(options: Mapping[str, Any], way_out: str) -> None:
     for name in ("batch", "at", *(["ascent"] if is_known else [])):
         if options.get(name) is not None:
             raise ValueError(
-                f"{name}={options[name]} moves or divides the first pass, and that one is the host's: use a schedule such "
-                f"as every(gamma, 10), or {way_out}."
+                f"{name}={options[name]} moves or divides the first pass, and that one is the host's: use a schedule, "
+                f"such as every(gamma, 10), or {way_out}."
             )

@@ -138,6 +138,16 @@ MODES: dict[str, Mode] = {
             "all of it ahead, and a penalty on a quarter of the batch in every fourth step",
             (grid(lookahead=(0.5, 1.0, 2.0), gamma=(0.3, 1.0)), {"fraction": 0.25, "epsilon": 0.5, "period": 4}),
         ),
+        _mode(
+            "Ahead + Fraction(1/20), every 2nd",
+            "all of it ahead, and a penalty on a twentieth of the batch in every second step",
+            (_AHEAD, {"fraction": 0.05, "epsilon": 0.5, "period": 2}),
+        ),
+        _mode(
+            "Ahead + Fraction(1/10), every 3rd",
+            "the same with a tenth in every third step",
+            (_AHEAD, {"fraction": 0.1, "epsilon": 0.5, "period": 3}),
+        ),
         # Opponents at equal time.
         Mode(
             "plain, twice as long",

@@ -81,12 +81,13 @@ def sentences(results: Row) -> list[str]:
     """Whether there is something to retain, and which goals are reached."""
     lines = []
     for task in results["tasks"]:
-        word = "beyond noise" if task["verdict"] == BETTER else "**not beyond noise**"
+        is_judged = task["verdict"] == BETTER
+        word = "beyond noise" if is_judged else "**not beyond noise**: it shows nothing to retain, and is not judged"
         lines.append(f"{task['name']} ({task['about']}): full − plain {_signed(task['gain'])} points, {word}.")
     for goal in results["goals"]:
         names = ", ".join(goal["reached"]) or "none"
         nearly = f" In the mean only: {', '.join(goal['nearly'])}." if goal["nearly"] else ""
-        lines.append(f"{goal['goal'][0].upper()}{goal['goal'][1:]}, by its interval on every task: {names}.{nearly}")
+        lines.append(f"{goal['goal'][0].upper()}{goal['goal'][1:]}, by its interval on each of these: {names}.{nearly}")
     return lines
 
 

@@ -44,7 +44,7 @@ def task_row(
         "gain": asdict(gained),
         "verdict": stats.verdict(gained),
         "modes": [
-            _mode_row(mode, rows, accuracies, costs, chosen[mode], can_retain=gained.mean > 0)
+            _mode_row(mode, rows, accuracies, costs, chosen[mode], can_retain=stats.verdict(gained) == stats.BETTER)
             for mode, rows in runs.items()
         ],
     }
@@ -125,7 +125,15 @@ GOALS = (
 
 
 def goals(tasks: Sequence[Row]) -> list[Row]:
-    """For each goal the modes that reach it on every task, and those whose mean does."""
+    """For each goal the modes that reach it on every task, and those whose mean does.
+
+    A task counts where the full method gains beyond noise: elsewhere there is nothing to retain.
+    """
+    tasks = [task for task in tasks if task["verdict"] == stats.BETTER]
+    if not tasks:
+        return [
+            {"goal": text, "cost": most, "retention": least, "reached": [], "nearly": []} for text, most, least in GOALS
+        ]
     found = []
     for text, most, least in GOALS:
         reached, nearly = [], []
@@ -143,6 +151,6 @@ def goals(tasks: Sequence[Row]) -> list[Row]:
 
 
 def worst(tasks: Sequence[Row], name: str) -> Row | None:
-    """The retention of a mode on the task where it is least."""
-    kept = [row["retention"] for task in tasks for row in task["modes"] if row["name"] == name]
-    return None if any(k is None for k in kept) else min(kept, key=lambda k: k["mean"])
+    """The retention of a mode on the task where it is least, of those on which there is one."""
+    rows = [row["retention"] for task in tasks for row in task["modes"] if row["name"] == name]
+    return min((kept for kept in rows if kept is not None), key=lambda kept: kept["mean"], default=None)
