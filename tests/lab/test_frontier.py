@@ -271,7 +271,7 @@ def test_the_page_has_every_number_its_figures_and_no_markup_from_outside(task):
     assert "(figures/pareto.svg)" in text
     assert "beyond noise" in text
     assert "0.50 ± 0.10" in text
-    assert "above the full method, by its interval on every task: MSAM." in text
+    assert "above the full method, by its interval on each of these: MSAM." in text
     assert "<script" not in text
     assert "\n# h" not in text
 
