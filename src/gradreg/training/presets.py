@@ -103,8 +103,8 @@ def cheap(
     period: int = 3,
     **options: Any,
 ) -> GradientRegularizer:
-    r"""The best of `gradreg frontier` at no more than 1.10 times plain training: all of a step ahead along the momentum,
-    and in every third step a penalty on a tenth of the batch.
+    r"""The best of `gradreg frontier` at no more than 1.10 times plain training: all of a step ahead along the
+    momentum, and in every third step a penalty on a tenth of the batch.
 
     $$\tilde\theta = \theta - \rho \, v / \|v\|, \quad \hat g = \nabla L_D(\tilde\theta)
     + \tfrac\gamma\epsilon [\nabla L_A(\tilde\theta + \epsilon \nabla L_A) - \nabla L_A(\tilde\theta)]$$
