@@ -110,7 +110,7 @@ def cheap(
     + \tfrac\gamma\epsilon [\nabla L_A(\tilde\theta + \epsilon \nabla L_A) - \nabla L_A(\tilde\theta)]$$
 
     1.03 passes on average, and one extra copy of the parameters. Measured (docs/frontier.md; 16 paired seeds, two CPU
-    cores): COST times plain training on a small vision transformer, and 0.99 [0.90, 1.06], 1.03 [0.94, 1.13] and 1.44
+    cores): 1.07 times plain training on a small vision transformer, and 0.99 [0.90, 1.06], 1.03 [0.94, 1.13] and 1.44
     [1.23, 1.74] of what F-GR in every step gains over tuned SGD, on the three tasks where it gains. Those are small
     networks with noisy labels: tune γ and ρ on yours.
 
