@@ -23,8 +23,9 @@ BUFFERS = ("momentum_buffer", "exp_avg")
 
 @dataclass(frozen=True, repr=False)
 class Momentum:
-    r"""$d = \pm v/\|v\|$ with the base optimizer's momentum v: MSAM, one pass, no memory beyond that momentum.
+    r"""$d = \pm v/\|v\|$ with the base optimizer's momentum v: MSAM, one pass.
 
+    The displaced weights are given back as the gradients arrive, so they take memory only beside activations.
     The sign is explicit: −1, the authors' choice, looks ahead, along the way that the next step will go, and is
     Nesterov's point with a length of its own; +1 looks back uphill. Only with γ = ε, or with a `Split` or `Fraction`
     of the batch. v is that of all selected parameters, before this step's update; without one (the first step) the
