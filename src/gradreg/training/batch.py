@@ -1,8 +1,9 @@
 """The part of the batch that the displaced pass sees: all of it, a fraction, or its own share of a split batch.
 
 A batch is a tree of tensors (tuples, lists, dictionaries) whose first dimension counts rows, and its loss a mean over
-rows. A window of micro-batches is cut into parts, in order; each part's loss is weighted by its share of the rows of
-its micro-batch, so that the weighted losses add up to the loss of the window.
+rows; what is no tensor goes to each part whole, so arrays are refused. A window of micro-batches is cut into parts, in
+order; each part's loss is weighted by its share of the rows of its micro-batch, so that the weighted losses add up to
+the loss of the window.
 """
 
 from __future__ import annotations
@@ -121,6 +122,10 @@ def _part(loss_fn: LossFunction, batch: Any, start: int, stop: int, count: int) 
 
 
 def _rows(batch: Any) -> int:
+    if any(getattr(leaf, "ndim", 0) and not isinstance(leaf, Tensor) for leaf in tree_leaves(batch)):
+        raise ValueError(
+            "batches must hold tensors to be divided by batch=Fraction or Split, got an array: use torch.as_tensor."
+        )
     sizes = {len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim}
     if len(sizes) != 1:
         found = f"tensors of {sorted(sizes)} rows" if sizes else f"a {type(batch).__name__} without tensors"

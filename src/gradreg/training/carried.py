@@ -45,8 +45,8 @@ class Carried:
         Raises:
             ValueError: gradients of other parameters than the selected ones; nothing is changed.
         """
+        test = None if self.test is None else RunningTest(self.test.rule, **state["running_test"])
         if self._remembering is not None:
             self._remembering.load_state_dict(state["previous"], named)
-        if self.test is not None:
-            self.test = RunningTest(self.test.rule, **state["running_test"])
+        self.test = test
         self.diagnostics.load_state_dict(dict(state))

@@ -41,10 +41,10 @@ class Diagnostics:
         self._active = self._active + active
         self._skipped = self._skipped + (1 - active)
 
-    def count_pass(self, moving: Sequence[Tensor]) -> None:
+    def count_pass(self, step: Tensor, is_measured: bool) -> None:
         """A step of one pass, which has no g1 to measure; active if the weights were displaced for it."""
-        self._active, self._skipped = self._active + bool(moving), self._skipped + (not moving)
-        self.is_wanted = self.is_wanted and not moving
+        self.count(step != 0)
+        self.is_wanted = self.is_wanted and not is_measured
 
     def record(self, grad_norm: Tensor, measured: Measured | None) -> None:
         """Keep the measurements of a step; None where the second pass did not run, so that ĝ = g1."""

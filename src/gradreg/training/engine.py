@@ -155,11 +155,11 @@ class Engine:
 
     def _one_pass(self, calls: Sequence[Call], strength: Strength, backward: Backward) -> list[Tensor]:
         """∇L(θ + εd) and no other gradient."""
-        with self._displacer().standing(strength.epsilon) as moving:
-            self._carried.diagnostics.count_pass(moving)
+        with self._displacer().standing(strength.epsilon) as moved:
+            self._carried.diagnostics.count_pass(moved.step, is_measured=bool(moved.parameters))
             if len(calls) > 1:
                 return self._for_each(calls, lambda call: differentiate(call, backward))
-            with EarlyReturn(self._displacement, moving) as early:
+            with EarlyReturn(self._displacement, moved.parameters) as early:
                 return [differentiate(calls[0], backward, check=early.watch)]
 
     def _split(
@@ -182,8 +182,8 @@ class Engine:
         scale = (1 - strength.ratio) * _scale_of(grad_scale, factors, backward)
         present = [g for g in gradients if g is not None]
         norm = vectors.norm(present) if present and not self._carried.directions.are_known else None
-        with self._displacer().standing(strength.epsilon, gradients, scale, norm) as moving:
-            self._carried.diagnostics.count_pass(moving)
+        with self._displacer().standing(strength.epsilon, gradients, scale, norm) as moved:
+            self._carried.diagnostics.count_pass(moved.step, is_measured=bool(moved.parameters))
             second = weighted(ahead, strength.ratio / (1 - share))
             losses += self._for_each(second, lambda call: differentiate(call, backward))
         buffers.restore()
@@ -253,8 +253,8 @@ class Engine:
             if strength is None:
                 yield
                 return
-            with self._displacer().standing(strength.epsilon) as moving:
-                self._carried.diagnostics.count_pass(moving)
+            with self._displacer().standing(strength.epsilon) as moved:
+                self._carried.diagnostics.count_pass(moved.step, is_measured=bool(moved.parameters))
                 yield
 
     @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,13 @@ def dropping_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
             handle.remove()
 
 
+class Moved(NamedTuple):
+    """The parameters that were displaced, and by which factor of their direction: 0 where that cannot be used."""
+
+    parameters: list[nn.Parameter]
+    step: Tensor
+
+
 class Displacer:
     """Sets the weights to θ + radius · d, and back.
 
@@ -116,25 +124,25 @@ class Displacer:
         gradients: Sequence[Tensor | None] = (),
         grad_scale: Scale = 1.0,
         norm: Tensor | None = None,
-    ) -> Iterator[list[nn.Parameter]]:
-        """Within, the weights stand at θ + radius · d; yields the parameters that moved."""
+    ) -> Iterator[Moved]:
+        """Within, the weights stand at θ + radius · d."""
         level = self.displacement.level
         try:
-            moving = self._displace(radius, gradients, grad_scale, norm)
+            moved = self._displace(radius, gradients, grad_scale, norm)
             del gradients  # or they could not be given back while the passes run
-            yield moving
+            yield moved
         finally:
             if self.displacement.level > level:
                 self.displacement.close()
 
     def _displace(
         self, radius: float, gradients: Sequence[Tensor | None], grad_scale: Scale, norm: Tensor | None
-    ) -> list[nn.Parameter]:
+    ) -> Moved:
         """`norm` is that of `gradients`, where d is made of them: one that is 0 or not finite moves nothing."""
         with torch.no_grad():
             moving, direction, scale = self.directions.find(self.named, gradients, grad_scale)
             if not moving:
-                return []
+                return Moved([], torch.zeros(()))
             if norm is None:
                 step = radius * scale if isinstance(scale, Tensor) else torch.full((), radius * scale)
             else:
@@ -143,7 +151,7 @@ class Displacer:
             low_precision = vectors.is_low_precision(moving)
             if not self._is_base and (low_precision or self.diagnostics.is_wanted):
                 self.diagnostics.record_realized(self.displacement.applied(), step, direction, low_precision)
-        return moving
+        return Moved(moving, step)
 
 
 class SecondPass:
