@@ -47,6 +47,19 @@ def plain(problem: Problem) -> Callable[[], object]:
     return step
 
 
+def two_passes(problem: Problem) -> Callable[[], object]:
+    """No method at all: forward and backward twice, one optimizer step. What any two-pass method must pay."""
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=LEARNING_RATE)
+
+    def step() -> None:
+        for _ in range(2):
+            optimizer.zero_grad()
+            problem.loss().backward()
+        optimizer.step()
+
+    return step
+
+
 def regularized(sync: str) -> Callable[[Problem], Callable[[], object]]:
     def build(problem: Problem) -> Callable[[], object]:
         regularizer = gradreg.GradientRegularizer(problem.model, 0.05, 0.1, ascent_sync=sync)
@@ -64,9 +77,11 @@ def regularized(sync: str) -> Callable[[Problem], Callable[[], object]]:
 
 METHODS = {
     ("DDP", "SGD"): plain,
+    ("DDP", "two passes, no method"): two_passes,
     ("DDP", "F-GR"): regularized("global"),
     ("DDP", "F-GR, local ascent"): regularized("local"),
     ("FSDP2", "SGD"): plain,
+    ("FSDP2", "two passes, no method"): two_passes,
     ("FSDP2", "F-GR"): regularized("global"),
 }
 
@@ -93,7 +108,7 @@ def measure(rank: int, folder: str, rounds: int) -> None:
             print(f"\n{name}", flush=True)
             for kind, method in steps:
                 ratio = median_ratio(seconds[kind, method], seconds[kind, "SGD"])
-                print(f"  {kind:6}{method:20}{ratio.median:5.2f} [{ratio.low:.2f}, {ratio.high:.2f}]", flush=True)
+                print(f"  {kind:6}{method:22}{ratio.median:5.2f} [{ratio.low:.2f}, {ratio.high:.2f}]", flush=True)
     dist.barrier()
     os._exit(0)  # threads of gloo may outlive Python's end, and abort it
 

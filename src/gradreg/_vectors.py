@@ -132,6 +132,11 @@ def norm(tensors: Vectors) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(parts))
 
 
+def has_direction(length: Tensor) -> Tensor:
+    """Whether a vector of this length has a direction: one that is zero or not finite has none."""
+    return (length > 0) & (length < torch.inf)
+
+
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """⟨x, y⟩ of two tensors of one shape."""
     if is_sharded(x):

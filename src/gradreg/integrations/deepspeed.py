@@ -147,7 +147,7 @@ class DeepSpeedRegularizer:
         norm = vectors.norm([first[p] for p in mine])
         scale = float(self.engine.optimizer.loss_scale)
         self._measured = {"grad_norm": norm / scale, "penalty_ratio": norm * 0, "cosine": norm * torch.nan}
-        if not bool(norm.isfinite() & (norm > 0)):  # no direction: `.grad` stays g1, and a loss scaler sees it
+        if not bool(vectors.has_direction(norm)):  # no direction: `.grad` stays g1, and a loss scaler sees it
             self._counts["skipped_steps"] += 1
             return
         [(node, weight)] = self._scheme.stencil

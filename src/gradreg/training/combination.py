@@ -21,7 +21,7 @@ from functools import partial
 from types import TracebackType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradreg import _vectors as vectors
@@ -62,7 +62,7 @@ class Measured:
 
     def is_finite(self) -> Tensor:
         """Whether all second gradients were finite."""
-        return vectors.total(self.second).isfinite() if self.second else self.first_norm.isfinite()
+        return vectors.total(self.second if self.second else [self.first_norm]) < torch.inf  # neither ∞ nor NaN
 
     def add(self, second: Tensor, distance: Tensor, difference: Tensor) -> None:
         self.second.append(vectors.squared(second))
@@ -133,7 +133,7 @@ class Combination:
 
     def __init__(
         self,
-        parameters: Sequence[Tensor],
+        parameters: Sequence[nn.Parameter],
         first: Gradients,
         earlier: Sequence[tuple[Gradients, float]],
         measured: Measured,
@@ -180,9 +180,7 @@ class Combination:
                 differences = [self._difference(i, p.grad) for i, p in enumerate(self._parameters)]
                 add_penalty(self._parameters, self._first, differences, self._measured, self._cap, self._fall_back)
                 return
-            for i, p in enumerate(self._parameters):
-                if not self._arrived[i]:
-                    p.grad = self._combine(i, p.grad)
+            self._combine_rest()
 
     def _keep_second(self) -> None:
         for p, had_none in zip(self._parameters, self._arrived):
@@ -202,34 +200,55 @@ class Combination:
         return self._combine(i, second)
 
     def _combine(self, i: int, second: Tensor | None) -> Tensor | None:
-        """ĝ of one parameter; its g1 is used up."""
+        """ĝ of one parameter; its g1 is used up, and in the usual case written over."""
         measured = self._measured
-        if second is not None and self._is_usual(i, second):
-            return self._combine_in_place(i, second)
+        weight, first = measured.weight, self._first[i]
+        if first is not None and second is not None and self._is_usual(first, second):
+            self._first[i] = None
+            if measured.wanted:
+                gap = first - second
+                measured.add(second, gap, gap)
+            else:
+                measured.second.append(vectors.squared(second))
+            return torch.lerp(first, second, weight, out=first) if self._needs_first else second
         difference = self._difference(i, second)
-        first, self._first[i] = self._first[i], None
-        if difference is None or (second is not None and measured.weight == 1 and not self._earlier):
+        self._first[i] = None
+        if difference is None or (second is not None and weight == 1 and not self._earlier):
             return second
-        return _add(first, difference, measured.weight)
+        return _add(first, difference, weight)
 
-    def _is_usual(self, i: int, second: Tensor) -> bool:
+    def _is_usual(self, first: Tensor, second: Tensor) -> bool:
         """One displaced pass, dense gradients, no narrow dtype: ĝ can be written over g1."""
-        first = self._first[i]
-        if first is None or self._earlier or first.is_sparse or second.is_sparse:
-            return False
-        return first.dtype.itemsize >= 4
+        return not (self._earlier or first.is_sparse or second.is_sparse) and first.dtype.itemsize >= 4
 
-    def _combine_in_place(self, i: int, second: Tensor) -> Tensor:
-        """ĝ, written over g1."""
-        weight = self._measured.weight
-        first, self._first[i] = self._first[i], None
-        assert first is not None
-        if self._measured.wanted:
-            gap = first - second
-            self._measured.add(second, gap, gap)
-        else:
-            self._measured.second.append(vectors.squared(second))
-        return second if weight == 1 and not self._is_local else torch.lerp(first, second, weight, out=first)
+    @property
+    def _needs_first(self) -> bool:
+        """ĝ = g2 else."""
+        return self._measured.weight != 1 or self._is_local
+
+    def _combine_rest(self) -> None:
+        """Those that no hook met: the gradients of a window of several backward passes, and shards."""
+        usual: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
+        for i, p in enumerate(self._parameters):
+            first, second = self._first[i], p.grad
+            if self._arrived[i]:
+                continue
+            if self._measured.wanted or first is None or second is None or not self._is_usual(first, second):
+                p.grad = self._combine(i, second)
+            else:
+                usual[p] = first, second
+        if usual:
+            self._combine_together(usual)
+
+    def _combine_together(self, gradients: dict[nn.Parameter, tuple[Tensor, Tensor]]) -> None:
+        """The usual case of all of them in one call; of shards it sees the part that is here."""
+        firsts, seconds = zip(*gradients.values())
+        self._measured.second.append(vectors.norm(seconds).square())
+        if self._needs_first:
+            here, there = ([vectors.local(g) for g in side] for side in (firsts, seconds))
+            torch._foreach_lerp_(here, there, self._measured.weight)  # pyright: ignore[reportPrivateImportUsage]
+            for p, first in zip(gradients, firsts):
+                p.grad = first
 
     def _difference(self, i: int, second: Tensor | None) -> Tensor | None:
         """Σ (w_k / w_last) (g_k − g1), in float32 or wider; a gradient that is not there counts as zero."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradreg import _vectors as vectors
-from gradreg.functional.ascents import ASCENTS, Ascent, Scale, resolve_ascent
+from gradreg.functional.ascents import ASCENTS, Ascent, Normalized, Scale, resolve_ascent
 from gradreg.training.schedule import Schedule, check_number, value_at
 
 BUFFERS = ("momentum_buffer", "exp_avg")
@@ -198,11 +198,15 @@ class Directions:
         return isinstance(self._ascent, Previous)
 
     def find(
-        self, named: Mapping[str, nn.Parameter], gradients: Sequence[Tensor | None], grad_scale: Scale
+        self,
+        named: Mapping[str, nn.Parameter],
+        gradients: Sequence[Tensor | None],
+        grad_scale: Scale,
+        norm: Tensor | None = None,
     ) -> tuple[list[nn.Parameter], Sequence[Tensor], Scale]:
         """The parameters that move, and d = scale · vectors.
 
-        `gradients` holds `grad_scale` · ∇L; it is not looked at where d is known.
+        `gradients` holds `grad_scale` · ∇L, of length `norm` if that was taken; it is not looked at where d is known.
         """
         ascent = self._ascent
         if isinstance(ascent, (Momentum, Previous)):
@@ -210,12 +214,14 @@ class Directions:
             if not found:
                 return [], [], 0.0
             length = vectors.norm(list(found.values()))
-            usable = length.isfinite() & (length > 0)
             if self._moves_all:
                 found = {p: found[p] if p in found else torch.zeros_like(p) for p in named.values()}
-            return list(found), list(found.values()), torch.where(usable, ascent.sign / length, 0.0)
+            scale = torch.where(vectors.has_direction(length), ascent.sign / length, 0.0)
+            return list(found), list(found.values()), scale
         moving = [(p, g) for p, g in zip(named.values(), gradients) if g is not None]
         parameters, present = [p for p, _ in moving], [g for _, g in moving]
+        if type(ascent) is Normalized and norm is not None:  # taken once, and among ranks communicated once
+            return parameters, present, vectors.safe_reciprocal(norm)
         return parameters, *ascent([p.data for p in parameters], present, grad_scale)
 
     def _known(self, ascent: Momentum | Previous, name: str, p: nn.Parameter) -> Tensor | None:

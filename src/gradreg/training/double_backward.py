@@ -90,7 +90,7 @@ class ExactPenalty:
             add_penalty(self._selected, first, penalty, measured, self._method.cap, self._method.fall_back)
         result = vectors.norm([p.grad for p in self._selected if p.grad is not None])
         self._diagnostics.record(norm / grad_scale, measured)
-        self._diagnostics.count(norm.isfinite() & (norm > 0) & result.isfinite())
+        self._diagnostics.count(vectors.has_direction(norm) & result.isfinite())
 
 
 def _differentiable_gradient(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:

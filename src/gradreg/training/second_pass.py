@@ -140,13 +140,13 @@ class Displacer:
     ) -> Moved:
         """`norm` is that of `gradients`, where d is made of them: one that is 0 or not finite moves nothing."""
         with torch.no_grad():
-            moving, direction, scale = self.directions.find(self.named, gradients, grad_scale)
+            moving, direction, scale = self.directions.find(self.named, gradients, grad_scale, norm)
             if not moving:
                 return Moved([], torch.zeros(()))
             if norm is None:
                 step = radius * scale if isinstance(scale, Tensor) else torch.full((), radius * scale)
             else:
-                step = torch.where(norm.isfinite() & (norm > 0), torch.full_like(norm, radius) * scale, 0.0)
+                step = torch.where(vectors.has_direction(norm), torch.full_like(norm, radius) * scale, 0.0)
             self.displacement.open(self.anatomy.modules, moving, step, direction, self._is_base)
             low_precision = vectors.is_low_precision(moving)
             if not self._is_base and (low_precision or self.diagnostics.is_wanted):
@@ -198,7 +198,7 @@ class SecondPass:
         self._measures_late = self._diagnostics.is_wanted and arrives_in_parts
         gradients = [p.grad for p in parameters if p.grad is not None]
         self._norm = vectors.norm(gradients) if gradients else torch.zeros(())
-        self._usable = self._norm.isfinite() & (self._norm > 0)
+        self._usable = vectors.has_direction(self._norm)
         self._first: list[Tensor | None] = []
         self._earlier: list[tuple[Gradients, float]] = []
 
