@@ -2,13 +2,15 @@
 
     make bench                      # the tables, about 10 minutes on two cores
     make bench ARGS="--only cheap"  # the modes below two passes alone
-    make bench ARGS="--rounds 5"    # quicker and noisier
+    make bench ARGS="--processes 2" # quicker and noisier
     make bench ARGS="--device cuda" # also: synchronizations in a step, and capture in a CUDA graph
 
 Time: in each round every method makes one step, in an order that rotates; its ratio is taken to the SGD step of
-the same round, so that a drift of the machine cancels. Printed is the median over rounds with a 95 % interval by
-bootstrap. Every method has a model of its own. On the host the heap is kept from being returned to the kernel in
-between. `gradreg.lab.cost.steps` does the measuring, for this table and for `gradreg cost`.
+the same round, so that a drift of the machine cancels. Every method has a model of its own. On the host the heap is
+kept from being returned to the kernel in between. Where a process finds itself (which cores, which pages) moves all its
+ratios together, by more than they scatter within it: so the rounds are made in several fresh processes, and printed is
+the median over all of them with a 95 % interval by bootstrap over processes and their rounds.
+`gradreg.lab.cost.steps` does the measuring, for this table and for `gradreg cost`.
 
 The modes below two passes have a table of their own, against SGD with momentum; beside each stands what it must pay,
 the same passes with no method, and its overhead is the difference.
@@ -21,9 +23,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from models import PROBLEMS, Problem
@@ -85,6 +90,39 @@ def by_closure(problem: Problem) -> Step:
         return loss
 
     return lambda: optimizer.step(closure)
+
+
+def by_hand(problem: Problem) -> Step:
+    """The arithmetic of F-GR alone: no random state or buffer is replayed, nothing is checked, counted or selected."""
+    weights = list(problem.model.parameters())
+    optimizer = torch.optim.SGD(weights, lr=LEARNING_RATE)
+    displaced: list[torch.Tensor] = []
+
+    def step() -> None:
+        optimizer.zero_grad()
+        problem.loss().backward()
+        displaced.extend(torch.empty_like(w) for w in weights[len(displaced) :])
+        with torch.no_grad():
+            first: list[Any] = [w.grad for w in weights]
+            true = [w.data for w in weights]
+            torch.stack([torch.dot(g.view(-1), g.view(-1)) for g in first]).sum().sqrt()  # ‖g1‖, to be reported
+            for w, g, room in zip(weights, first, displaced):
+                torch.add(w, g, alpha=0.1, out=room)
+        for w, room in zip(weights, displaced):
+            w.grad, w.data = None, room
+
+        def combine(i: int, second: torch.Tensor) -> torch.Tensor:
+            g, first[i] = first[i], None
+            return torch.lerp(g, second, 0.5, out=g)
+
+        hooks = [w.register_hook(partial(combine, i)) for i, w in enumerate(weights)]
+        problem.loss().backward()
+        for w, hook, theta in zip(weights, hooks, true):
+            hook.remove()
+            w.data = theta
+        optimizer.step()
+
+    return step
 
 
 def peer_sam(problem: Problem) -> Step:
@@ -185,6 +223,7 @@ CHEAP: dict[str, tuple[Callable[[Problem], Step], str]] = {
 METHODS: dict[str, Callable[[Problem], Step]] = {
     "SGD": sgd,
     "two passes, no method": two_passes,
+    "F-GR by hand, nothing else": by_hand,
     "F-GR, backward(loss_fn)": by_backward(lambda model: gradreg.GradientRegularizer(model, 0.05, 0.1)),
     "F-GR, step(closure)": by_closure,
     "F-GR, γ = ε": by_backward(lambda model: gradreg.GradientRegularizer(model, 0.1, 0.1)),
@@ -200,10 +239,18 @@ def build(name: str, method: str, device: torch.device, **size: int) -> tuple[Pr
     return problem, (METHODS[method] if method in METHODS else CHEAP[method][0])(problem)
 
 
-def times(name: str, methods: list[str], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each method in each round."""
+def times_here(name: str, methods: list[str], device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each method in each round, in this process."""
+    costs.keep_heap()
     steps = {method: build(name, method, device)[1] for method in methods}
     return costs.paired_seconds(steps, rounds, costs.clock_for(device, torch.get_num_threads()))
+
+
+def times(name: str, methods: list[str], device: torch.device, rounds: int, processes: int) -> dict[str, list[float]]:
+    """The same in fresh processes, one after the other."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        found = pool.starmap(times_here, [(name, methods, device, rounds)] * processes, chunksize=1)
+    return {method: [seconds for one in found for seconds in one[method]] for method in methods}
 
 
 def peak_bytes(name: str, method: str, device: torch.device, **size: int) -> int:
@@ -269,42 +316,42 @@ def import_milliseconds(repeats: int = 7) -> tuple[float, float]:
     return tuple(1e3 * statistics.median(column) for column in zip(*pairs))  # type: ignore[return-value]
 
 
-def show(name: str, methods: list[str], device: torch.device, rounds: int) -> None:
+def show(name: str, methods: list[str], device: torch.device, rounds: int, processes: int) -> None:
     """A table; the first method is the one that the others are relative to."""
     base, *_ = methods
-    seconds = times(name, methods, device, rounds)
+    seconds = times(name, methods, device, rounds, processes)
     full = copies(name, methods, device)
     lean = copies(name, methods, device, batch=1 if base == "SGD" and name != "ResNet-18" else 2)
     few = "batch 1" if base == "SGD" else "batch 2"
     print(f"\n{name}: {base} {1e3 * statistics.median(seconds[base]):.1f} ms a step")
     print(f"  {'':36}{'time':>20}   memory beyond {base}, in copies of the parameters")
     for method in methods:
-        ratio = costs.median_ratio(seconds[method], seconds[base])
+        ratio = costs.median_ratio(seconds[method], seconds[base], processes)
         shown = f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
         print(
             f"  {method:36}{shown:>20}   {lean[method]:5.2f} at {few}, {full[method]:5.2f} at full batch"
-            f"{_overhead(method, base, seconds)}"
+            f"{_overhead(method, base, seconds, processes)}"
         )
 
 
-def _overhead(method: str, base: str, seconds: dict[str, list[float]]) -> str:
+def _overhead(method: str, base: str, seconds: dict[str, list[float]], processes: int) -> str:
     """What a mode takes beyond its passes, in percent of the step of the first method."""
     passes = CHEAP[method][1] if method in CHEAP else ""
     if not passes:
         return ""
     shares = [100 * (a - b) / c for a, b, c in zip(seconds[method], seconds[passes], seconds[base])]
-    middle = costs.median_ratio(shares, [1.0] * len(shares))
+    middle = costs.median_ratio(shares, [1.0] * len(shares), processes)
     return f"   overhead {middle.median:+.1f} % [{middle.low:+.1f}, {middle.high:+.1f}]"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory of a step, relative to plain SGD.")
-    parser.add_argument("--rounds", type=int, default=41, help="paired rounds for each model")
+    parser.add_argument("--processes", type=int, default=6, help="fresh processes for each model, one after the other")
+    parser.add_argument("--rounds", type=int, default=7, help="paired rounds in each of them")
     parser.add_argument("--models", nargs="*", default=list(PROBLEMS), choices=list(PROBLEMS))
     parser.add_argument("--only", choices=["two", "cheap"], help="one of the two tables")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    costs.keep_heap()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     device = torch.device(arguments.device)
     methods = list(METHODS)
@@ -314,13 +361,15 @@ def main() -> None:
         methods.remove("SAM, pytorch_optimizer")
         print("pytorch_optimizer is not installed, its row is left out (make bench installs it)")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"torch {torch.__version__}, {where}, {arguments.rounds} rounds; ratios to SGD: median [95 % interval]")
+    rounds, processes = arguments.rounds, arguments.processes
+    print(f"torch {torch.__version__}, {where}, {rounds} rounds in each of {processes} processes")
+    print("ratios to SGD: median [95 % interval]")
     for name in arguments.models:
         if arguments.only != "cheap":
-            show(name, methods, device, arguments.rounds)
+            show(name, methods, device, rounds, processes)
         if arguments.only != "two":
             has_norms = bool(norm_layers(build(name, "SGD, momentum", device)[0].model))
-            show(name, [m for m in CHEAP if has_norms or "norm layers" not in m], device, arguments.rounds)
+            show(name, [m for m in CHEAP if has_norms or "norm layers" not in m], device, rounds, processes)
     torch_time, ours = import_milliseconds()
     print(f"\nimport torch {torch_time:.0f} ms, import gradreg adds {ours:.0f} ms (median of 7 fresh interpreters)")
     if device.type == "cuda":
