@@ -22,7 +22,7 @@ from models import PROBLEMS, Problem
 from torch.nn.parallel import DistributedDataParallel
 
 import gradreg
-from gradreg.lab.cost.steps import median_ratio
+from gradreg.lab.cost.steps import keep_heap, median_ratio
 
 LEARNING_RATE = 1e-4
 
@@ -88,6 +88,7 @@ METHODS = {
 
 def measure(rank: int, folder: str, rounds: int) -> None:
     torch.set_num_threads(1)
+    keep_heap()
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     for name in PROBLEMS:
         steps = {}

@@ -630,6 +630,20 @@ def test_a_training_step_of_its_own_is_refused(tmp_path):
         run(tmp_path, gpt2(), Mixed)
 
 
+def test_a_training_step_over_that_of_the_mixin_is_refused_before_the_first_step(tmp_path):
+    class Over(RegularizedTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    model = gpt2()
+    before = weights_of(model)
+    with pytest.raises(RuntimeError, match=r"training_step of Over did not call that of GradientRegularizationMixin"):
+        run(tmp_path, model, Over)
+    assert all(torch.equal(p, q) for p, q in zip(weights_of(model), before))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

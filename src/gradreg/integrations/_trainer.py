@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from gradreg.integrations._arguments import Calibrated, check_host, make_regularizer
 from gradreg.training.regularizer import GradientRegularizer
@@ -44,6 +45,22 @@ class MicroBatch:
     random: RandomState  # where `compute_loss` began
 
 
+class _Witness(TrainerCallback):
+    """Before a step of the optimizer, asks whether the window went through the mixin at all."""
+
+    def __init__(self, trainer: GradientRegularizationMixin) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        del args, kwargs
+        if not self._trainer.has_run_window:
+            raise RuntimeError(
+                f"training_step of {type(self._trainer).__name__} did not call that of GradientRegularizationMixin, so "
+                "the step would have no penalty: return super().training_step(model, inputs, num_items_in_batch) in it."
+            )
+        self._trainer.has_run_window = False
+
+
 class GradientRegularizationMixin(Trainer):
     """Makes ĝ = g1 + (γ/ε)(g2 − g1) of each accumulation window, before clipping and the optimizer's step.
 
@@ -62,12 +79,14 @@ class GradientRegularizationMixin(Trainer):
         TypeError: arguments without the fields; on declaring a class, a trainer that stands before the mixin.
         ValueError: DeepSpeed, FSDP1, FSDP that accelerate would ignore, nn.DataParallel, tensor, context or sequence
             parallelism, and optimizers that step inside the backward pass; whatever `GradientRegularizer` refuses.
-        RuntimeError: a `training_step` that does not call `_prepare_inputs` exactly once.
+        RuntimeError: a `training_step` that does not call `_prepare_inputs` exactly once, or one of a subclass that
+            does not call the mixin's.
     """
 
     # What a step counts for its logs; during the second pass a copy counts instead. Extend it if yours counts more.
     bookkeeping: tuple[str, ...] = ("_metrics", "_step", "_current_train_step_time", "_total_train_tokens")
 
+    has_run_window = False  # since the last step of the optimizer
     _is_recording = False
     _replayed: MicroBatch | None = None
 
@@ -86,6 +105,7 @@ class GradientRegularizationMixin(Trainer):
         self._window: list[MicroBatch] = []
         super().__init__(*args, **kwargs)
         check_host(self)
+        self.add_callback(_Witness(self))
         self.regularizer = self.create_regularizer(self.model)
 
     def create_regularizer(self, model: Any) -> GradientRegularizer:
@@ -122,6 +142,7 @@ class GradientRegularizationMixin(Trainer):
                     self._second_pass(model)
                 else:
                     self.regularizer.step += 1  # what would have been a second pass
+                self.has_run_window = True
                 self._window.clear()
         except BaseException:
             self._window.clear()
