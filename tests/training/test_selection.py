@@ -120,3 +120,11 @@ def test_a_replaced_layer_is_followed():
     regularizer.backward(trial.loss)
     assert regularizer.selection.named["2.weight"] is trial.model[2].weight
     assert not torch.equal(trial.weights[3][2], trial.weights[2][2])
+
+
+@pytest.mark.parametrize("wrap", [WRAPPERS[name] for name in ("bare", "module.", "module._orig_mod.")])
+def test_a_message_names_the_model_and_not_its_wrapper(wrap):
+    with pytest.raises(
+        ValueError, match=r"'nowhere' matches no parameter of Sequential; its names look like 0\.weight"
+    ):
+        Selection(wrap(nn.Sequential(nn.Linear(2, 2))), exclude="nowhere")

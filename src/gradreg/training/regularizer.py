@@ -35,7 +35,7 @@ from gradreg.training.schedule import (
     strength_at,
 )
 from gradreg.training.second_pass import Method
-from gradreg.training.selection import Rules, Selection
+from gradreg.training.selection import Rules, Selection, bare_class
 from gradreg.training.together import check_step, check_together
 
 Call = Callable[[], Tensor]
@@ -258,7 +258,7 @@ class GradientRegularizer:
                 )
             if self._engine.recorder.num_forwards == 0:
                 raise ValueError(
-                    f"perturbed() saw no forward of the model ({type(self.model).__name__}) in the first pass, so it "
+                    f"perturbed() saw no forward of the model ({bare_class(self.model)}) in the first pass, so it "
                     "cannot replay its random numbers: call the model itself, not its parts, or use backward(loss_fn)."
                 )
             with self._engine.second_pass_of_block(strength, self.step, grad_scale):

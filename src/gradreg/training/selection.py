@@ -17,7 +17,8 @@ Predicate = Callable[[str, nn.Parameter], bool]
 Rule = str | type[nn.Module] | Predicate
 Rules = Rule | Iterable[Rule]
 
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPERS = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(_WRAPPED)})\.")
 
 
 def bare_name(name: str) -> str:
@@ -28,6 +29,17 @@ def bare_name(name: str) -> str:
         'blocks.0.weight'
     """
     return _WRAPPERS.sub("", name)
+
+
+def bare_class(model: nn.Module) -> str:
+    """The class of a model without its wrappers, which hold nothing but the model.
+
+    Example:
+        >>> bare_class(nn.DataParallel(nn.Linear(1, 1)))
+        'Linear'
+    """
+    [(name, child), *more] = [*model.named_children(), ("", model)]
+    return bare_class(child) if name in _WRAPPED and len(more) == 1 else type(model).__name__
 
 
 def _as_rules(argument: str, rules: Rules) -> tuple[Rule, ...]:
@@ -85,7 +97,7 @@ class Selection:
         if not self.named:
             raise ValueError(
                 "include and exclude leave no trainable parameter to penalize, out of "
-                f"{len(names)} in {type(model).__name__}; loosen them, or unfreeze a parameter."
+                f"{len(names)} in {bare_class(model)}; loosen them, or unfreeze a parameter."
             )
 
     @staticmethod
@@ -107,8 +119,7 @@ class Selection:
             if not found:
                 example = ", ".join(bare_name(aliases[0]) for aliases in list(names.values())[:3])
                 raise ValueError(
-                    f"{argument}: {rule!r} matches no parameter of {type(model).__name__}; "
-                    f"its names look like {example}."
+                    f"{argument}: {rule!r} matches no parameter of {bare_class(model)}; its names look like {example}."
                 )
             chosen |= found
         return chosen
