@@ -9,8 +9,9 @@ import torch
 
 from gradreg.cli import main
 from gradreg.lab.implicit_bias import dln
-from gradreg.lab.implicit_bias.dln import EXACT, LARGE, PLAIN, POINTS, SETTINGS, Setting, sweep
+from gradreg.lab.implicit_bias.dln import SETTINGS, Setting, sweep
 from gradreg.lab.implicit_bias.large_steps import descend
+from gradreg.lab.implicit_bias.points import EXACT, LARGE, PLAIN, POINTS
 from gradreg.lab.jobs import run_jobs
 from gradreg.theory import flow, sparse_regression
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from gradreg.lab import stats
 from gradreg.lab.claims.claim import Above, Claim, Measured, Plan, Row, Subclaim, Table
-from gradreg.lab.implicit_bias.dln import EXACT, LARGE, PLAIN, POINTS, SETTINGS, Point, Setting, sweep
+from gradreg.lab.implicit_bias.dln import SETTINGS, Setting, sweep
+from gradreg.lab.implicit_bias.points import EXACT, LARGE, PLAIN, POINTS, Point
 from gradreg.lab.jobs import run_jobs
 
 SMALL = Point("forward", 1.0, 0.125)  # ε = γ/8

@@ -26,6 +26,7 @@ from gradreg.lab.about import provenance
 from gradreg.lab.folder import write_json, write_text
 from gradreg.lab.implicit_bias.large_steps import descend
 from gradreg.lab.implicit_bias.plan import SeededPlan
+from gradreg.lab.implicit_bias.points import EXACT, LARGE, PLAIN, POINTS, TABLE, Point
 from gradreg.lab.jobs import run_jobs
 from gradreg.theory import SparseRegression, flow, flows, minimize_potential, sparse_regression
 
@@ -63,25 +64,6 @@ SETTINGS = (
     Setting("centered data, full batch", 50, 100, 5, 0.0, 1.0, alpha=0.3, gamma=1.0, per_sample=False),
 )
 
-
-@dataclass(frozen=True)
-class Point:
-    """A method at a strength, in units of the setting's γ."""
-
-    scheme: str
-    gamma: float
-    epsilon: float | None
-
-
-PLAIN, EXACT = Point("exact", 0.0, None), Point("exact", 1.0, None)
-LARGE = Point("forward", 1.0, 1.0)  # ε = γ
-RATIOS = (0.125, 0.25, 0.5, 1.0, 2.0)
-OVER_EPSILON = [Point(scheme, 1.0, r) for scheme in ("forward", "backward", "central") for r in RATIOS]
-OVER_GAMMA = [
-    Point(s, r, 1.0 if s != "exact" else None) for s in ("forward", "backward", "central", "exact") for r in RATIOS
-]
-POINTS = list(dict.fromkeys([PLAIN, EXACT, *OVER_EPSILON, *OVER_GAMMA]))
-TABLE = [PLAIN, Point("backward", 1.0, 1.0), EXACT, Point("central", 1.0, 1.0), Point("forward", 1.0, 0.125), LARGE]
 
 STEP_RATIOS = (0.125, 0.25, 0.375, 0.5, 1.0)  # of η/2 to γ
 

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from rich.console import Console
 from rich.table import Table
 
+from gradreg.lab.implicit_bias.points import PLAIN, TABLE
 from gradreg.lab.plots import COLORS, FAINT, INK, STYLE, LineStyle, svg
 from gradreg.lab.stats import BETTER, WORSE
 
@@ -86,8 +87,6 @@ def print_tables(results: Row, folder: Path) -> None:
 
 
 def _setting_table(setting: Row) -> Table:
-    from gradreg.lab.implicit_bias.dln import PLAIN, TABLE
-
     headings = (
         "method",
         "ε/γ",
@@ -272,8 +271,6 @@ def _band(axes: Any, xs: Sequence[float], rows: Sequence[Row], scheme: str, num_
 
 def _scale_panel(axes: Any, setting: Row) -> None:
     """α_GR/α of both kinds of coordinates: a method that shrinks both alike is drawn as touching circles."""
-    from gradreg.lab.implicit_bias.dln import PLAIN, TABLE
-
     axes.axhline(1, color=FAINT, linewidth=0.8)
     shown = [p for p in TABLE if p != PLAIN]
     for k, point in enumerate(shown):
