@@ -638,9 +638,24 @@ def test_9_joint_accumulation_is_one_large_batch(name, ascent, scheme, num):
     whole, trial = Trial(name), Trial(name)
     method = Method(scheme, ascent, "backward")
     method.run(whole)
-    loss = method.regularizer(trial).backward(micro_loss(trial), micro_batches(trial, num))
-    assert_close(trial.gradients(), whole.gradients())
-    torch.testing.assert_close(loss, plain(Trial(name)))
+    regularizer = method.regularizer(trial)
+    for _ in range(2):  # the first step is measured too, which takes another way through the combination
+        trial.model.zero_grad()
+        loss = regularizer.backward(micro_loss(trial), micro_batches(trial, num))
+        assert_close(trial.gradients(), whole.gradients())
+        torch.testing.assert_close(loss, plain(Trial(name)))
+
+
+@pytest.mark.parametrize("gamma", [EPSILON, 2 * EPSILON])
+def test_9_joint_accumulation_at_gamma_of_epsilon_and_beyond(gamma):
+    whole, trial = Trial("mlp"), Trial("mlp")
+    method = Method("forward", "gradient", "backward")
+    method.run(whole, gamma)
+    regularizer = method.regularizer(trial, gamma)
+    for _ in range(2):
+        trial.model.zero_grad()
+        regularizer.backward(micro_loss(trial), micro_batches(trial, 2))
+        assert_close(trial.gradients(), whole.gradients())
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m.door == "backward"], ids=str)
