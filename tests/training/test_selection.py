@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from problems import Trial
+from modes import RHO, Problem, norm
+from problems import Trial, assert_close
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import gradreg
 from gradreg import GradientRegularizer
 from gradreg.training.selection import Selection
 
@@ -128,3 +131,29 @@ def test_a_message_names_the_model_and_not_its_wrapper(wrap):
         ValueError, match=r"'nowhere' matches no parameter of Sequential; its names look like 0\.weight"
     ):
         Selection(wrap(nn.Sequential(nn.Linear(2, 2))), exclude="nowhere")
+
+
+class Product(nn.Module):
+    """A linear layer of torch's own product: DeepSpeed, once imported, puts a function of its own behind nn.Linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8) / 3)
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def test_the_second_pass_skips_weight_gradients_outside_the_selection():
+    problem = Problem(Product(), nn.LayerNorm(8), nn.Tanh(), Product())
+    problem.batch = torch.randn(10, 8).double(), problem.batch[1]
+    regularizer = gradreg.sam(problem.model, RHO, include=nn.LayerNorm)
+    with FlopCounterMode(display=False) as counter:
+        regularizer.backward(problem.loss)
+    # Products of equal size: forward, two; backward, two for weights and one for the inputs of the last layer.
+    assert counter.get_total_flops() == (5 + 3) * 2 * 10 * 8 * 8
+    first = problem.gradient()
+    along = [RHO / norm(first[1:3]) * g if k in (1, 2) else 0 * g for k, g in enumerate(first)]
+    second = problem.gradient(displaced_by=along)
+    expected = [second[k] if k in (1, 2) else first[k] for k in range(4)]
+    assert_close(problem.gradients, expected, rtol=1e-12, atol=1e-14)
