@@ -9,7 +9,8 @@ Time: in each round every method makes one step, in an order that rotates; its r
 the same round, so that a drift of the machine cancels. Every method has a model of its own. On the host the heap is
 kept from being returned to the kernel in between. Where a process finds itself (which cores, which pages) moves all its
 ratios together, by more than they scatter within it: so the rounds are made in several fresh processes, and printed is
-the median over all of them with a 95 % interval by bootstrap over processes and their rounds.
+the median over all of them with a 95 % interval by bootstrap over processes and their rounds. Runs an hour apart may
+still differ by more.
 `gradreg.lab.cost.steps` does the measuring, for this table and for `gradreg cost`.
 
 The modes below two passes have a table of their own, against SGD with momentum; beside each stands what it must pay,
