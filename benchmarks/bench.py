@@ -1,6 +1,6 @@
 """What a step costs: time and memory of each method against plain SGD, measured side by side.
 
-    make bench                      # the tables, about 10 minutes on two cores
+    make bench                      # the tables, under half an hour on two cores
     make bench ARGS="--only cheap"  # the modes below two passes alone
     make bench ARGS="--processes 2" # quicker and noisier
     make bench ARGS="--device cuda" # also: synchronizations in a step, and capture in a CUDA graph

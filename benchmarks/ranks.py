@@ -18,13 +18,12 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from bench import Step, by_backward, sgd, two_passes
 from models import PROBLEMS, Problem
 from torch.nn.parallel import DistributedDataParallel
 
 import gradreg
 from gradreg.lab.cost.steps import keep_heap, median_ratio
-
-LEARNING_RATE = 1e-4
 
 
 def wrap(problem: Problem, kind: str) -> Problem:
@@ -36,51 +35,16 @@ def wrap(problem: Problem, kind: str) -> Problem:
     return problem
 
 
-def plain(problem: Problem) -> Callable[[], object]:
-    optimizer = torch.optim.SGD(problem.model.parameters(), lr=LEARNING_RATE)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        problem.loss().backward()
-        optimizer.step()
-
-    return step
-
-
-def two_passes(problem: Problem) -> Callable[[], object]:
-    """No method at all: forward and backward twice, one optimizer step. What any two-pass method must pay."""
-    optimizer = torch.optim.SGD(problem.model.parameters(), lr=LEARNING_RATE)
-
-    def step() -> None:
-        for _ in range(2):
-            optimizer.zero_grad()
-            problem.loss().backward()
-        optimizer.step()
-
-    return step
-
-
-def regularized(sync: str) -> Callable[[Problem], Callable[[], object]]:
-    def build(problem: Problem) -> Callable[[], object]:
-        regularizer = gradreg.GradientRegularizer(problem.model, 0.05, 0.1, ascent_sync=sync)
-        optimizer = torch.optim.SGD(problem.model.parameters(), lr=LEARNING_RATE)
-
-        def step() -> None:
-            optimizer.zero_grad()
-            regularizer.backward(problem.loss)
-            optimizer.step()
-
-        return step
-
-    return build
+def regularized(sync: str) -> Callable[[Problem], Step]:
+    return by_backward(lambda model: gradreg.GradientRegularizer(model, 0.05, 0.1, ascent_sync=sync))
 
 
 METHODS = {
-    ("DDP", "SGD"): plain,
+    ("DDP", "SGD"): sgd,
     ("DDP", "two passes, no method"): two_passes,
     ("DDP", "F-GR"): regularized("global"),
     ("DDP", "F-GR, local ascent"): regularized("local"),
-    ("FSDP2", "SGD"): plain,
+    ("FSDP2", "SGD"): sgd,
     ("FSDP2", "two passes, no method"): two_passes,
     ("FSDP2", "F-GR"): regularized("global"),
 }

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import gradreg
-from gradreg.functional import regularized_gradient
+from gradreg.functional import Normalized, regularized_gradient
 
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 each_stencil = pytest.mark.parametrize("method", STENCILS, ids=str)
@@ -379,6 +379,21 @@ def test_5_normalized_is_sharpness_aware_minimization(trial, door):
     assert_close(dense(trial.gradients(), theta), dense(expected, theta))
 
 
+@each_door
+def test_5_an_ascent_made_from_the_normalized_one_is_asked(door):
+    """The norm of g1, which the engine takes anyway, stands in for `Normalized` itself and for nothing else."""
+
+    class Half(Normalized):
+        def __call__(self, params, grads, grad_scale=1.0):
+            vectors, scale = super().__call__(params, grads, grad_scale)
+            return vectors, scale / 2
+
+    half, whole = Trial("mlp"), Trial("mlp")
+    DOORS[door](gradreg.GradientRegularizer(half.model, 0.1, 0.1, ascent=Half()), half.loss)
+    DOORS[door](gradreg.GradientRegularizer(whole.model, 0.05, 0.05, ascent="normalized"), whole.loss)
+    assert_close(half.gradients(), whole.gradients())
+
+
 # 6. Selection.
 
 
@@ -555,6 +570,20 @@ def test_8_steps_are_counted(method, factors, counts):
     DOORS[method.door](regularizer, trial.loss)
     diagnostics = regularizer.diagnostics()
     assert (int(diagnostics["active_steps"]), int(diagnostics["skipped_steps"])) == counts
+
+
+@pytest.mark.parametrize("factor", [nan, inf])
+def test_8_a_window_whose_second_gradient_is_not_finite_is_counted(factor):
+    """In the second step, which is combined without being measured."""
+    trial = Trial("mlp")
+    regularizer = gradreg.GradientRegularizer(trial.model, GAMMA, EPSILON)
+    factors = iter([1, 1, 1, 1, 1, 1, 1, factor])  # two micro-batches, two passes, two steps
+    for _ in range(2):
+        trial.model.zero_grad()
+        regularizer.backward(lambda batch: micro_loss(trial)(batch) * next(factors), micro_batches(trial, 2))
+    assert not is_finite(trial.gradients())
+    diagnostics = regularizer.diagnostics()
+    assert (int(diagnostics["active_steps"]), int(diagnostics["skipped_steps"])) == (1, 1)
 
 
 @pytest.mark.parametrize("factor", [nan, 0])

@@ -38,8 +38,9 @@ def bare_class(model: nn.Module) -> str:
         >>> bare_class(nn.DataParallel(nn.Linear(1, 1)))
         'Linear'
     """
-    [(name, child), *more] = [*model.named_children(), ("", model)]
-    return bare_class(child) if name in _WRAPPED and len(more) == 1 else type(model).__name__
+    children = dict(model.named_children())
+    is_wrapper = len(children) == 1 and next(iter(children)) in _WRAPPED
+    return bare_class(*children.values()) if is_wrapper else type(model).__name__
 
 
 def _as_rules(argument: str, rules: Rules) -> tuple[Rule, ...]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from gradreg.lab.commands.options import LAST_SEED, Out, Workers, app, switch, whole
+from gradreg.lab.commands.options import LAST_SEED, Out, Workers, Write, app, switch, whole
 from gradreg.lab.commands.pages import check_page
 from gradreg.lab.folder import BadInput, new_folder
 
@@ -24,9 +23,7 @@ def claims(
     seeds: Annotated[int | None, whole("--seeds", 2, 100, "How many; by default 10, with --quick 4")] = None,
     out: Out = None,
     workers: Workers = None,
-    write: Annotated[
-        Path | None, Parameter(name="--write", help="Also write the page here: FILE.md, and figures/ beside it.")
-    ] = None,
+    write: Write = None,
 ) -> None:
     """Measure each claim of the paper, and say whether it holds here.
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
-
-from gradreg.lab.commands.options import LAST_SEED, Out, Workers, app, interrupted_in, switch, whole
+from gradreg.lab.commands.options import LAST_SEED, Out, Workers, Write, app, interrupted_in, switch, whole
 from gradreg.lab.commands.pages import check_page
 from gradreg.lab.folder import BadInput, new_folder, write_json
 
@@ -24,9 +22,7 @@ def frontier(
     seeds: Annotated[int | None, whole("--seeds", 2, 100, "How many; by default 16, with --quick 6")] = None,
     out: Out = None,
     workers: Workers = None,
-    write: Annotated[
-        Path | None, Parameter(name="--write", help="Also write the page here: FILE.md, and figures/ beside it.")
-    ] = None,
+    write: Write = None,
 ) -> None:
     """Measure what each cheaper mode keeps of the benefit of F-GR, and what it costs.
 

@@ -70,5 +70,8 @@ def nothing_in(folder: Path) -> Iterator[None]:
 
 
 Out = Annotated[Path | None, Parameter(name="--out", help="New or empty folder; by default results/COMMAND-TIME.")]
+Write = Annotated[
+    Path | None, Parameter(name="--write", help="Also write the page here: FILE.md, and figures/ beside it.")
+]
 Workers = Annotated[int | None, whole("--workers", 1, MOST_WORKERS, "Processes, one thread each; by default 2")]
 Device = Annotated[str, Parameter(name="--device", converter=_device, help="auto, cpu or cuda.")]
