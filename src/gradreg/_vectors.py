@@ -8,6 +8,7 @@ so that nothing here waits for an accelerator. Those over one tensor, `squared` 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from torch import (
     Tensor,
     _foreach_norm,  # pyright: ignore[reportPrivateImportUsage]
 )
+from torch.nn import Parameter
 
 Vectors = Sequence[Tensor]
 
@@ -57,13 +59,55 @@ def is_sharded(t: Tensor) -> bool:
     return module is not None and isinstance(t, module.DTensor)
 
 
+_PLAIN = {Tensor, Parameter}
+
+
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
-    return "torch.distributed.tensor" in sys.modules and any(map(is_sharded, tensors))
+    module = sys.modules.get("torch.distributed.tensor")
+    kinds = {*map(type, tensors)}
+    return module is not None and not kinds <= _PLAIN and any(issubclass(kind, module.DTensor) for kind in kinds)
+
+
+FEW = 2**18
+"""Numbers up to which a list is copied into one vector: calls cost more than memory there."""
+
+
+def are_few(tensors: Vectors) -> bool:
+    """Whether a list is so small that one operation on a copy of all beats one operation on each."""
+    return sum(map(Tensor.numel, tensors)) <= FEW
+
+
+def flat(tensors: Vectors) -> Tensor:
+    """All numbers of plain tensors of one kind in one vector, a copy."""
+    return torch._C._nn.flatten_dense_tensors(tensors)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def parts(vector: Tensor, like: Vectors) -> Vectors:
+    """Views of a vector that `flat` made, in the shapes of the tensors that it was made of."""
+    return torch._C._nn.unflatten_dense_tensors(vector, like)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _are_alike(tensors: Vectors) -> bool:
+    """Plain tensors of one real dtype on one device."""
+    first = tensors[0]
+    if first.is_complex() or is_traced(first):
+        return False
+    return len({(t.dtype, t.device, t.layout) for t in tensors}) == 1 and first.layout is torch.strided
 
 
 def local(t: Any) -> Tensor:
     """The part of a tensor that this process holds, in place: all of it but for a DTensor."""
     return t.to_local() if is_sharded(t) else t
+
+
+def is_laid_out(t: Any, like: Any) -> bool:
+    """Whether two tensors are divided among ranks alike, so that arithmetic on their parts is that on the whole."""
+    return not is_sharded(t) or t.placements == like.placements
+
+
+def laid_out(t: Any, like: Any) -> Tensor:
+    """The same tensor, divided among ranks as `like` is: parts of a sum that are still to be added up are, here."""
+    return t if is_laid_out(t, like) else t.redistribute(placements=like.placements)
 
 
 def _part_of_sum(value: Tensor, like: Any) -> Tensor:
@@ -81,20 +125,20 @@ def squared(t: Tensor) -> Tensor:
     if t.is_sparse or t.is_complex():
         t = _reals(t)
     if t.is_cpu and t.dtype in (torch.float32, torch.float64) and t.is_contiguous() and not is_traced(t):
-        flat = t.view(-1)
-        return torch.dot(flat, flat)
+        line = t.view(-1)
+        return torch.dot(line, line)
     return torch.linalg.vector_norm(t, dtype=wide(t.dtype)).square()
 
 
 def total(parts: Vectors) -> Tensor:
-    """The sum of 0-dim tensors, on the device of the first and in the widest dtype; parts of shards are completed."""
+    """The sum of small tensors, on the device of the first and in the widest dtype; parts of shards are completed."""
     if any_sharded(parts):
         return total(_completed(parts))
     first = parts[0]
     if all(part.dtype == first.dtype and part.device == first.device for part in parts):
-        return torch.stack(list(parts)).sum()
+        return torch.stack(list(parts)).sum(0)
     dtype = max((part.dtype for part in parts), key=lambda d: d.itemsize)
-    return torch.stack([part.to(first.device, dtype) for part in parts]).sum()
+    return torch.stack([part.to(first.device, dtype) for part in parts]).sum(0)
 
 
 def _completed(parts: Sequence[Any]) -> list[Tensor]:
@@ -125,16 +169,41 @@ def norm(tensors: Vectors) -> Tensor:
         parts = [_part_of_sum(norm([local(t) for t in group]).square(), group[0]) for group in groups]
         return total([norm(plain).square(), *parts] if plain else parts).sqrt()
     first = tensors[0]
-    alike = all(t.dtype == first.dtype and t.device == first.device for t in tensors)
-    if first.is_cpu or not alike or first.is_complex() or any(t.is_sparse or is_traced(t) for t in tensors):
+    if not _are_alike(tensors) or (first.is_cpu and not are_few(tensors)):
         return total([squared(t) for t in tensors]).sqrt()
-    parts = _foreach_norm(list(tensors), 2, wide(first.dtype))
-    return torch.linalg.vector_norm(torch.stack(parts))
+    if first.is_cpu:
+        return squared(flat(tensors)).sqrt()
+    lengths = _foreach_norm(list(tensors), 2, wide(first.dtype))
+    return torch.linalg.vector_norm(torch.stack(lengths))
 
 
-def has_direction(length: Tensor) -> Tensor:
+Scalar = float | Tensor
+"""A number that the host knows, or one on an accelerator, which it does not wait for."""
+
+
+def read(x: Tensor) -> Scalar:
+    """The number itself, where reading it takes no waiting."""
+    return x.item() if is_readable(x) else x
+
+
+def by_kind(tensors: Vectors) -> list[list[Tensor]]:
+    """In groups of one dtype and device, which one operation can serve."""
+    groups: dict[Any, list[Tensor]] = {}
+    for t in tensors:
+        here = local(t)
+        groups.setdefault((here.dtype, here.device, here.layout), []).append(here)
+    return list(groups.values())
+
+
+def has_direction(length: Scalar) -> bool | Tensor:
     """Whether a vector of this length has a direction: one that is zero or not finite has none."""
-    return (length > 0) & (length < torch.inf)
+    if isinstance(length, Tensor):
+        return (length > 0) & (length < torch.inf)
+    return 0 < length < math.inf
+
+
+def is_finite(x: Scalar) -> bool | Tensor:
+    return x.isfinite() if isinstance(x, Tensor) else math.isfinite(x)
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
@@ -149,32 +218,75 @@ def copy_(targets: Vectors, sources: Vectors) -> None:
     """targets ← sources, outside of autograd."""
     if targets:
         with torch.no_grad():
-            torch._foreach_copy_([local(t) for t in targets], [local(t) for t in sources])  # pyright: ignore[reportPrivateImportUsage]
+            if any_sharded(targets):
+                targets, sources = [local(t) for t in targets], [local(t) for t in sources]
+            torch._foreach_copy_(list(targets), list(sources))  # pyright: ignore[reportPrivateImportUsage]
 
 
-def safe_reciprocal(x: Tensor) -> Tensor:
+def reciprocal(length: Scalar) -> Scalar:
+    """1/length, and 0 for one that is 0 or not finite."""
+    if isinstance(length, Tensor):
+        return torch.where((length > 0) & (length < torch.inf), 1 / length, 0.0)
+    return 1 / length if has_direction(length) else 0.0
+
+
+def safe_reciprocal(x: Scalar) -> Scalar:
     """1/x, and 0 where x is 0."""
-    return torch.where(x == 0, 0.0, 1 / x)
+    if isinstance(x, Tensor):
+        return torch.where(x == 0, 0.0, 1 / x)
+    return 0.0 if x == 0 else 1 / x
 
 
-def add_scaled(xs: Vectors, step: Tensor, ys: Vectors, out: Vectors) -> None:
+def add_scaled(xs: Vectors, step: Scalar, ys: Vectors, out: Vectors) -> None:
     """out ← x + step · y; exactly x where `step` is 0, whatever y holds.
 
     A step on the host is read there, which costs nothing; on an accelerator it stays a tensor and masks.
     """
     if any_sharded(xs):
         xs, ys, out = ([local(t) for t in tensors] for tensors in (xs, ys, out))
-    if step.device.type == "cpu" and all(x.device.type == "cpu" for x in xs):
-        alpha = step.item()
+    alpha = step.item() if isinstance(step, Tensor) and step.is_cpu and all(x.is_cpu for x in xs) else step
+    if isinstance(alpha, Tensor):
+        _add_masked(xs, alpha, ys, out)
+    elif alpha == 0:
+        copy_(out, xs)
+    elif are_few(xs) and _are_alike([*xs, *ys]):
+        if out is not xs:
+            copy_(out, xs)
+        torch._foreach_add_(list(out), list(ys), alpha=alpha)  # pyright: ignore[reportPrivateImportUsage]
+    else:  # in one sweep through memory
         for x, y, o in zip(xs, ys, out):
-            if alpha == 0:
-                o.copy_(x)
-            elif y.is_sparse:
+            if y.is_sparse:
                 o.copy_(x).add_(y, alpha=alpha)
             else:
                 torch.add(x, y, alpha=alpha, out=o)
+
+
+def _add_masked(xs: Vectors, step: Tensor, ys: Vectors, out: Vectors) -> None:
+    if are_few(xs) and _are_alike([*xs, *ys]):
+        move = flat(ys) * step.to(ys[0].device, ys[0].dtype, non_blocking=True)
+        move = torch.where(step.to(move.device) != 0, move, -0.0)  # x − 0 is x in every bit, also where x is −0
+        if out is not xs:
+            copy_(out, xs)
+        torch._foreach_add_(list(out), list(parts(move, xs)))  # pyright: ignore[reportPrivateImportUsage]
         return
     for x, y, o in zip(xs, ys, out):
         on_device = step.to(x.device, non_blocking=True)
         moved = torch.addcmul(x, y.to_dense() if y.is_sparse else y, on_device.to(x.dtype))
         torch.where(on_device != 0, moved, x, out=o)
+
+
+def square_and_distance(xs: Vectors, ys: Vectors) -> tuple[Tensor, Tensor]:
+    """‖y‖² and ‖x − y‖², the difference formed in float32 or wider; of shards with one collective for both."""
+    if any_sharded(xs):
+        both = total([_square_and_distance_of_part(x, y) for x, y in zip(xs, ys)])
+        return both[0], both[1]
+    if are_few(xs) and _are_alike([*xs, *ys]):
+        x, y = flat(xs), flat(ys)
+        return squared(y), squared(x.to(wide(x.dtype)) - y)
+    pairs = [(x.to_dense(), y.to_dense()) for x, y in zip(xs, ys)]
+    return total([squared(y) for _, y in pairs]), total([squared(x.to(wide(x.dtype)) - y) for x, y in pairs])
+
+
+def _square_and_distance_of_part(x: Tensor, y: Tensor) -> Tensor:
+    here = torch.stack(square_and_distance([local(x)], [local(y)]))
+    return _part_of_sum(here, x) if is_sharded(x) else here

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import chain, combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore[reportAttributeAccessIssue]
+
+from gradreg import _vectors as vectors
+
+LARGE_MODEL = 2**24
+"""Numbers (64 MB of float32) from which on memory is worth Python for each large parameter of a step."""
+
+
+def is_lazy(p: Tensor) -> bool:
+    """Whether a parameter gets its shape in the first forward."""
+    return isinstance(p, UninitializedTensorMixin)
 
 
 class Anatomy:
@@ -18,16 +31,28 @@ class Anatomy:
     def _walk(self) -> None:
         self.modules: list[nn.Module] = list(self.model.modules())
         self.parameters: list[nn.Parameter] = list(self.model.parameters())
+        self._children = [m._modules for m in self.modules if m._modules]
+        self._owners = [m._parameters for m in self.modules if m._parameters]
+        self._buffers = [m._buffers for m in self.modules if m._buffers or not m._modules]
         self._seen = self._fingerprint()
         devices = {p.device for p in self.parameters if p.device.type not in ("cpu", "meta")}
         self.accelerators: list[torch.device] = sorted(devices, key=str)
+        self.is_large = sum(p.numel() for p in self.parameters if not is_lazy(p)) >= LARGE_MODEL
 
-    def _fingerprint(self) -> tuple[list[int], list[tuple[int, bool, torch.device]]]:
-        children = [id(child) for m in self.modules for child in m._modules.values()]
-        parameters = [
-            (id(p), p.requires_grad, p.device) for m in self.modules for p in m._parameters.values() if p is not None
-        ]
-        return children, parameters
+    def _fingerprint(self) -> tuple[list[Any], ...]:
+        """What changes when a module or parameter is added, replaced, moved, frozen or thawed."""
+        parameters = [p for p in chain.from_iterable(owner.values() for owner in self._owners) if p is not None]
+        return (
+            [*map(id, chain.from_iterable(children.values() for children in self._children))],
+            [*map(len, self._owners)],
+            [*map(id, parameters)],
+            [p.requires_grad for p in parameters],
+            [p.data_ptr() if type(p) is nn.Parameter else p.device for p in parameters],
+        )
+
+    def is_whole(self) -> bool:
+        """Whether the model holds its own parameters, and no others in their place for a while."""
+        return self._fingerprint()[2] == self._seen[2]
 
     def follow(self) -> bool:
         """Walk again where modules or parameters are others now, moved, or were frozen or thawed; whether it did."""
@@ -38,9 +63,49 @@ class Anatomy:
 
     def buffers(self) -> list[tuple[dict[str, Any], str, Tensor | None]]:
         """(owner, name, tensor) of every buffer, as they stand now."""
-        return [
-            (module._buffers, name, buffer)
-            for module in self.modules
-            if module._buffers
-            for name, buffer in module._buffers.items()
-        ]
+        return [(owner, name, buffer) for owner in self._buffers for name, buffer in owner.items()]
+
+
+def refuse_shared_memory(named: Mapping[str, nn.Parameter]) -> None:
+    """Refuse two parameters that lie in the same memory: displaced apart, they would be two weights.
+
+    Raises:
+        ValueError: naming both, and how to tie them.
+    """
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, p in named.items():
+        if is_lazy(p):
+            continue
+        if p.layout is torch.strided and p.numel() > _span(p)[1] - _span(p)[0]:
+            raise ValueError(
+                f"the parameter {name!r} has several numbers in one place of its storage (expanded?), and cannot be "
+                "displaced: give it memory of its own (p.data = p.data.contiguous())."
+            )
+        if p.layout is torch.strided and not vectors.is_sharded(p) and p.numel():
+            by_storage.setdefault(p.untyped_storage().data_ptr(), []).append((name, p))
+    for address, sharing in by_storage.items():
+        for (one, p), (other, q) in combinations(sharing, 2):
+            if address != 0 and _overlap(p, q):  # 0: on the meta device
+                raise ValueError(
+                    f"the parameters {one!r} and {other!r} share numbers of one storage, and would be displaced apart: "
+                    "tie them as one Parameter (a.weight = b.weight, not a.weight.data = b.weight.data)."
+                )
+
+
+def _overlap(p: Tensor, q: Tensor) -> bool:
+    """Whether two tensors of one storage share a number."""
+    (a, b), (c, d) = _span(p), _span(q)
+    if b <= c or d <= a:
+        return False
+    return (p.is_contiguous() and q.is_contiguous()) or bool(torch.isin(_cells(p), _cells(q)).any())
+
+
+def _span(p: Tensor) -> tuple[int, int]:
+    """The first position in its storage that a tensor reads, and the one after its last."""
+    start = p.storage_offset()
+    return int(start), int(start + 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride())))
+
+
+def _cells(p: Tensor) -> Tensor:
+    start, stop = _span(p)
+    return torch.arange(start, stop).as_strided(p.shape, p.stride()).flatten()

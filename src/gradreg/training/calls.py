@@ -1,17 +1,21 @@
-"""One call of the user's loss function or closure, and what is refused about it."""
+"""How a pass is run: by a loss function and a backward pass of ours (door 1), or by a closure (door 3)."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradreg._vectors import is_sharded
+from gradreg.training.hosts import loss_division
+from gradreg.training.ranks import Ranks
+from gradreg.training.strangers import refuse_scaled_loss
 
 Backward = Callable[[Tensor], Any]
+Call = Callable[[], Any]
+BeforeBackward = Callable[[Tensor], None]
 
 
 def check_loss_fn(loss_fn: Any) -> None:
@@ -41,119 +45,214 @@ def checked(loss: Any) -> Tensor:
     return loss
 
 
-def differentiate(
-    loss_fn: Callable[[], Any],
-    backward: Backward,
-    factors: list[Tensor] | None = None,
-    check: Callable[[Tensor], None] = lambda loss: None,
-) -> Tensor:
-    """A forward and a backward pass; the loss, detached.
+@contextmanager
+def explaining_kept_graphs() -> Iterator[None]:
+    """Around a displaced pass: say what torch's error about a graph that is gone means here."""
+    try:
+        yield
+    except RuntimeError as error:
+        explain_kept_graph(error)
+        raise
 
-    `factors` receives what a `backward` of the user's multiplies gradients by, such as a loss scale.
+
+def explain_kept_graph(error: BaseException | None) -> None:
     """
-    loss = checked(loss_fn())
-    check(loss)
-    if factors is None or backward is Tensor.backward:
-        backward(loss)
-    else:
-        handle = loss.register_hook(lambda factor: factors.append(factor.detach()))
-        backward(loss)
-        handle.remove()
-    return loss.detach()
+    Raises:
+        RuntimeError: where `error` is torch's about a graph that is gone.
+    """
+    if isinstance(error, RuntimeError) and "backward through the graph a second time" in str(error):
+        raise RuntimeError(
+            "a pass used a tensor whose graph belongs to the pass before, which is over: it is kept between calls of "
+            "the model or the loss (a cache of keys and values, torch.nn.utils.parametrize.cached(), a hidden state). "
+            "Make it anew in each call, or detach it."
+        ) from error
 
 
-class GradientWitness:
+class Calls:
+    """Door 1: the losses of a window, one after the other, and a backward pass of each.
+
+    Args:
+        ranks: which average gradients in the last micro-batch of a window.
+        parameters: of the model, which must not move in a backward pass.
+        backward: runs the backward pass of a loss.
+        grad_scale: the loss scale as the user says it; 1 measures it.
+        is_first: the first step of a regularizer, where mistakes that stay are looked for.
+    """
+
+    name = "the loss of loss_fn"
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        parameters: Sequence[Tensor],
+        backward: Backward,
+        grad_scale: float | Tensor,
+        is_first: bool,
+    ) -> None:
+        self._ranks = ranks
+        self._parameters = parameters
+        self._backward = backward
+        self._grad_scale = grad_scale
+        self._is_first = is_first
+        self.is_plain = backward is Tensor.backward
+        self.factors: list[Tensor] = []  # by which `backward` multiplies the gradient of each loss
+        self.is_reentrant = False  # checkpoints run backward passes within the backward pass
+        self.leaves: list[Tensor] = []  # of the first step's graph
+
+    def run(self, calls: Sequence[Call], before_backward: BeforeBackward | None = None) -> list[Tensor]:
+        """The passes of a window; the losses, detached."""
+        return [self._differentiate(call, before_backward) for call in self._window(calls)]
+
+    def _window(self, calls: Sequence[Call]) -> Iterator[Call]:
+        """Ranks average gradients in the last."""
+        for k, call in enumerate(calls, 1):
+            with self._ranks.micro_batch(is_last=k == len(calls)):
+                yield call
+
+    def _differentiate(self, call: Call, before_backward: BeforeBackward | None) -> Tensor:
+        loss = checked(call())
+        if self._is_first:
+            refuse_scaled_loss(loss)
+            self.leaves += self.leaves_of(loss)
+        if before_backward is not None:
+            before_backward(loss)
+        versions = [p._version for p in self._parameters]
+        if self.is_plain:
+            loss.backward()
+        else:
+            handle = loss.register_hook(lambda factor: self.factors.append(factor.detach()))
+            self._backward(loss)
+            handle.remove()
+        if versions != [p._version for p in self._parameters]:
+            raise ValueError(
+                "the weights changed in the backward pass of loss_fn: an optimizer that steps in a hook "
+                "(register_post_accumulate_grad_hook) leaves no gradient to regularize. Step after backward()."
+            )
+        return loss.detach()
+
+    def leaves_of(self, loss: Tensor) -> list[Tensor]:
+        """Of the graph of a loss; notes on the way whether checkpoints run backward passes in its own."""
+        leaves: list[Tensor] = []
+        nodes, seen = [loss.grad_fn], set()
+        while nodes:
+            node: Any = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            self.is_reentrant |= type(node).__name__ == "CheckpointFunctionBackward"
+            if hasattr(node, "variable"):
+                leaves.append(node.variable)
+            nodes.extend(child for child, _ in node.next_functions)
+        return leaves
+
+    def run_again(
+        self, calls: Sequence[Call], before_backward: BeforeBackward, inputs: Sequence[Tensor] | None
+    ) -> None:
+        """The displaced passes of a window; gradients of `inputs` alone, if given."""
+        with explaining_kept_graphs():
+            for call in self._window(calls):
+                loss = call()
+                if loss.requires_grad:  # else: nothing selected takes part in the displaced pass
+                    before_backward(loss)
+                    loss.backward(inputs=inputs) if inputs else self._backward(loss)
+
+    def ask(self, calls: Sequence[Call]) -> list[Tensor]:
+        """The losses once more, without a backward pass."""
+        return [call().detach() for call in calls]
+
+    def scale(self) -> float | Tensor:
+        """The loss scale: what the user says, or what `backward` was seen to multiply by."""
+        given = self._grad_scale
+        if self.factors and not isinstance(given, Tensor) and given == 1:
+            return (self.factors[0] * loss_division(self._backward)).clamp(min=1)
+        return given
+
+
+class Closure:
+    """Door 3: a closure that zeroes gradients, runs forward and backward and returns the loss.
+
+    Args:
+        ranks: of which each may keep its first gradient to itself.
+        owned: the parameters of the optimizer that was handed the closure.
+        selected: the penalized parameters.
+    """
+
+    name = "the loss of the closure"
+    is_plain = False
+    leaves = None  # the graph is not in our hands
+
+    def __init__(self, ranks: Ranks, owned: Sequence[Tensor], selected: Sequence[Tensor]) -> None:
+        self._ranks = ranks
+        mine = set(map(id, owned))
+        self._owned = owned
+        self._selected = selected
+        self._foreign = [p for p in selected if id(p) not in mine]
+
+    def run(self, calls: Sequence[Call], before_backward: BeforeBackward | None = None) -> list[Any]:
+        """The first pass, which must leave ∇L in `.grad`; its loss."""
+        del before_backward  # the backward pass is the closure's
+        witnesses = [_Witness(parameters) for parameters in (self._owned, self._foreign)]
+        with self._ranks.first_pass():
+            loss = calls[0]()
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(f"closure must return a scalar loss, got shape {tuple(loss.shape)}.")
+        added, added_to_foreign = [witness.was_added_to() for witness in witnesses]
+        if all(p.grad is None for p in (*self._selected, *self._owned)):
+            raise ValueError(
+                "closure left no gradient: it must call loss.backward() and return the loss, and no optimizer may step "
+                "in a backward hook and clear it."
+            )
+        if added:
+            raise ValueError(
+                "closure added to gradients that were there before: call optimizer.zero_grad() in it. To accumulate "
+                "micro-batches use regularizer.backward(loss_fn, batches)."
+            )
+        if added_to_foreign:
+            raise ValueError(
+                f"closure added to gradients of {len(self._foreign)} selected parameters that this optimizer does not "
+                "own: call model.zero_grad() in it, or select the optimizer's parameters only (include, exclude)."
+            )
+        return [loss]
+
+    def run_again(self, calls: Sequence[Call], before_backward: BeforeBackward, inputs: Any) -> None:
+        del before_backward, inputs
+        with explaining_kept_graphs():
+            calls[0]()
+        if all(p.grad is None for p in (*self._selected, *self._owned)):
+            raise ValueError("closure left no gradient in its second call: it must run a backward pass in each.")
+
+    def ask(self, calls: Sequence[Call]) -> list[Any]:
+        with explaining_kept_graphs():
+            return [calls[0]()]
+
+    def scale(self) -> float:
+        return 1.0
+
+
+class _Witness:
     """Tells whether gradients that were there before a closure were cleared in it, by one small gradient among them.
 
-    It is set to a value that no gradient has, so that clearing in place (`set_to_none=False`) counts too.
+    A copy with a value that no gradient has stands in its place, so that clearing in place (`set_to_none=False`) counts
+    too; the tensor itself, which others may hold, is not written to but by what the closure did to the copy.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         present = [p for p in parameters if p.grad is not None and not p.grad.is_sparse]
-        self._parameter = min(present, key=lambda p: p.numel(), default=None)
-        self._gradient = self._parameter.grad if self._parameter is not None else None
-        if self._gradient is not None:
+        self._parameter = min(present, key=Tensor.numel, default=None)
+        self._gradient = None if self._parameter is None else self._parameter.grad
+        if self._parameter is not None and self._gradient is not None:
             self._mark = torch.finfo(self._gradient.dtype).max / 4
-            self._gradient.fill_(self._mark)
+            self._copy = torch.full_like(self._gradient, self._mark)
+            self._parameter.grad = self._copy
 
     def was_added_to(self) -> bool:
-        if self._parameter is None or self._gradient is None or self._parameter.grad is not self._gradient:
+        p = self._parameter
+        if p is None or self._gradient is None or p.grad is not self._copy:
             return False
-        return bool((self._gradient.detach().abs() > self._mark / 2).any())
-
-
-def run_closure(closure: Callable[[], Any], owned: Sequence[Tensor], selected: Sequence[Tensor]) -> Any:
-    """The loss of a closure whose first pass left ∇L in `.grad`.
-
-    Args:
-        closure: zeroes gradients, runs forward and backward, returns the loss.
-        owned: the parameters of the optimizer that was handed the closure.
-        selected: the penalized parameters.
-    """
-    mine = set(owned)
-    foreign = [p for p in selected if p not in mine]
-    witness, foreign_witness = GradientWitness(owned), GradientWitness(foreign)
-    loss = closure()
-    if isinstance(loss, Tensor) and loss.numel() != 1:
-        raise ValueError(f"closure must return a scalar loss, got shape {tuple(loss.shape)}.")
-    if all(p.grad is None for p in (*selected, *owned)):
-        raise ValueError("closure left no gradient: it must call loss.backward() and return the loss.")
-    if witness.was_added_to():
-        raise ValueError(
-            "closure added to gradients that were there before: call optimizer.zero_grad() in it. To accumulate "
-            "micro-batches use regularizer.backward(loss_fn, batches)."
-        )
-    if foreign_witness.was_added_to():
-        raise ValueError(
-            f"closure added to gradients of {len(foreign)} selected parameters that this optimizer does not own: "
-            "call model.zero_grad() in it, or select the optimizer's parameters only (include, exclude)."
-        )
-    return loss
-
-
-class Examination:
-    """What the graph of the first loss tells: tensors outside the model, and whether gradients may be picked."""
-
-    def __init__(self) -> None:
-        self.is_done = False
-        self._is_reentrant = False
-
-    def of(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
-        if self.is_done or any(map(is_sharded, parameters)):  # shards are gathered in other tensors
-            return
-        known, strangers = set(parameters), []
-        for node in _nodes(loss):
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and leaf not in known:
-                strangers.append(tuple(leaf.shape))
-            self._is_reentrant |= type(node).__name__ == "CheckpointFunctionBackward"
-        if strangers:
-            _warn_of_strangers(strangers)
-
-    @property
-    def allows_inputs(self) -> bool:
-        """Whether `loss.backward(inputs=...)` works: reentrant activation checkpoints need the whole backward pass."""
-        return self.is_done and not self._is_reentrant
-
-
-def _warn_of_strangers(strangers: Sequence[tuple[int, ...]]) -> None:
-    """Trainable tensors outside the model would receive the sum of both passes."""
-    warnings.warn(
-        f"the loss depends on {len(strangers)} trainable tensors outside the model (shapes {strangers[:3]}): both "
-        "passes add to their .grad. Give the regularizer a model that owns them, such as nn.ModuleList([...]), or "
-        "clear their .grad before you use it.",
-        UserWarning,
-        stacklevel=9,
-    )
-
-
-def _nodes(loss: Tensor) -> Iterator[Any]:
-    """The graph of a loss."""
-    nodes, seen = [loss.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        nodes.extend(child for child, _ in node.next_functions)
+        if bool((self._copy.detach().abs() > self._mark / 2).any()):
+            p.grad = self._gradient
+            return True
+        with torch.no_grad():
+            self._gradient.copy_(self._copy)
+        p.grad = self._gradient
+        return False

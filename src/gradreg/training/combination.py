@@ -1,306 +1,279 @@
-r"""The combination: g1 waits aside while the displaced pass runs, and meets each g2 as it arrives.
+r"""The combination of gradients, when the passes are over:
 
-$$\hat g = g_1 + c \sum_k w_k (g_k - g_1), \qquad c = \gamma/\epsilon,$$
+$$\hat g = g_1 + \sum_k w_k (g_k - g_1)$$
 
-with the stencil weights $w_k$ of the scheme ($w_1 = 1$ for `forward`). Every parameter is combined inside the
-backward pass, the moment its second gradient exists: it is still in the cache, its memory is given back at once
-(so that no second copy of the gradients is ever held), and it does not matter whether a closure calls
-`zero_grad()` first.
-
-A combination is *deferred* to the end of the pass where the whole of g2 must be known first: for a cap on the
-penalty, for the policy that falls back to g1, and where one pass holds several backward passes. That holds g2
-beside g1.
+with $w_k = \gamma/\epsilon$ times the stencil weights of the scheme. `.grad` is taken as it stands after each pass,
+with whatever the user's own code has made of it, and all parameters are combined in one call. In a large model, memory
+counts more than calls: where the backward pass is our own, large parameters are combined as their gradient arrives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gradreg import _vectors as vectors
+from gradreg.training.displacement import LARGE
 
 Gradients = Sequence[Tensor | None]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Measured:
-    """Squared lengths in the units of `.grad`, one for each parameter as it arrives."""
+    """What a combination saw, as tensors."""
 
-    first_norm: Tensor  # ‖g1‖
-    weight: float  # ĝ = g1 + weight · difference
-    wanted: bool = True  # else only ‖g2‖ is measured, which tells whether g2 is finite
-    share: float = 1.0  # of the batch, that g1 and g2 were taken on
-    second: list[Tensor] = field(default_factory=list)  # ‖g2‖²; none for the exact scheme
-    distance: list[Tensor] = field(default_factory=list)  # ‖g2 − g1‖²
-    difference: list[Tensor] = field(default_factory=list)
-    is_partial: bool = False  # several backward passes of one forward: the parts of g2 do not tell its length
-    ratio: Tensor | None = None  # ‖ĝ − g1‖/‖g1‖, where it was needed to make ĝ
-
-    def penalty_ratio(self) -> Tensor:
-        """‖ĝ − g1‖ / ‖g1‖; on a share of the batch, ‖(γ/ε)(g2 − g1)‖ / ‖g1‖ with both of that share."""
-        if self.is_partial:
-            return torch.full_like(self.first_norm, torch.nan)
-        if self.ratio is not None:
-            return self.share * self.ratio
-        length = self.share * abs(self.weight) * vectors.total(self.difference).sqrt()
-        return length * vectors.safe_reciprocal(self.first_norm)
-
-    def cosine(self) -> Tensor:
-        """cos(g1, g2), from the three sides of the triangle that they span."""
-        if self.is_partial or not self.second:
-            return torch.full_like(self.first_norm, torch.nan)
-        first, second = self.first_norm.square(), vectors.total(self.second)
-        product = (first + second - vectors.total(self.distance)) / 2
-        return product * vectors.safe_reciprocal((first * second).sqrt())
-
-    def is_finite(self) -> Tensor:
-        """Whether all second gradients were finite."""
-        return vectors.total(self.second if self.second else [self.first_norm]) < torch.inf  # neither ∞ nor NaN
-
-    def add(self, second: Tensor, distance: Tensor, difference: Tensor) -> None:
-        self.second.append(vectors.squared(second))
-        if self.wanted:
-            self.distance.append(vectors.squared(distance))
-            self.difference.append(self.distance[-1] if difference is distance else vectors.squared(difference))
-
-    def add_late(self, first: Gradients, combined: Gradients) -> None:
-        """The same from g1 and ĝ, where what arrived was one rank's share of g2."""
-        pairs = [(g, x) for g, x in zip(first, combined) if g is not None and x is not None]
-        if pairs:
-            self.wanted, self.second = True, []
-        for g, x in pairs:
-            difference = (x - g) / self.weight
-            self.add(g + difference, difference, difference)
+    is_finite: bool | Tensor  # whether all displaced gradients were
+    ratio: Tensor | None = None  # ‖ĝ − g1‖/‖g1‖; None where it was not asked for
+    cosine: Tensor | None = None  # of g1 and the first displaced gradient
 
 
-def take_gradients(parameters: Sequence[Tensor]) -> list[Tensor | None]:
+def take(parameters: Sequence[Tensor], copies_views: bool = False) -> list[Tensor | None]:
     """The gradients, taken away from their parameters: nothing that runs meanwhile can write to them.
 
-    A gradient that is a view into something larger is copied: DDP's next backward pass writes to its buckets.
+    `copies_views`: one that is a view into something larger is copied, since others write there (DDP's buckets).
     """
-    taken = [p.grad if p.grad is None or _owns_storage(p.grad) else p.grad.clone() for p in parameters]
+    taken = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
+    if vectors.any_sharded(g for g in taken if g is not None):
+        taken = [None if g is None else vectors.laid_out(g, p) for g, p in zip(taken, parameters)]
+    for i in range(len(taken)):
+        # Two references are this list and the call. Whoever holds another may write there in the next pass.
+        is_held = sys.getrefcount(taken[i]) > 2
+        g = taken[i]
+        if g is None:
+            continue
+        if g.requires_grad:  # the user's backward pass made a graph of its own
+            taken[i] = g = g.detach()
+        if is_held or (copies_views and is_view(g)):
+            taken[i] = g.clone()
     return taken
 
 
-@contextmanager
-def keeping_views(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """A gradient that was a view into something larger (a flat buffer) is that view again, and holds what it is now."""
-    views = [(p, p.grad) for p in parameters if p.grad is not None and not _owns_storage(p.grad)]
-    try:
-        yield
-    finally:
-        for p, view in views:
-            if p.grad is not None and p.grad.layout is torch.strided:
-                with torch.no_grad():
-                    view.copy_(p.grad)
-                p.grad = view
-
-
-def _owns_storage(g: Tensor) -> bool:
-    if g.layout is not torch.strided or vectors.is_sharded(g):
-        return True
-    return g.untyped_storage().nbytes() == g.numel() * g.element_size()
-
-
-def give_gradients(parameters: Sequence[Tensor], gradients: Gradients) -> None:
+def give(parameters: Sequence[Tensor], gradients: Gradients) -> None:
     for p, g in zip(parameters, gradients):
         p.grad = g
 
 
-class Combination:
-    """A context around the last displaced pass; on leaving, `.grad` holds ĝ.
+def is_view(g: Tensor) -> bool:
+    """Whether a tensor is a part of something larger, such as a flat buffer."""
+    if g.layout is not torch.strided or vectors.is_sharded(g):
+        return False
+    return g.untyped_storage().nbytes() != g.numel() * g.element_size()
+
+
+def combine(
+    first: Gradients,
+    passes: Sequence[tuple[Gradients, float]],
+    norm: Tensor,
+    *,
+    wanted: bool = False,
+    cap: float | None = None,
+    fall_back: bool = False,
+    arrived: Arrival | None = None,
+) -> tuple[list[Tensor | None], Measured]:
+    """ĝ of each parameter; g1 is used up, and in the usual case written over.
 
     Args:
-        parameters: the selected parameters.
-        first: their g1, already taken; written over.
-        earlier: gradients of earlier displaced passes, each with w_k / w_last.
-        measured: holds ‖g1‖ and the weight c · w_last; receives the rest.
-        deferred: combine after the pass instead of during it.
-        is_local: g1 is this rank's own, and ĝ is averaged over ranks once it is made: it must not hide a g1 that is
-            not finite, or this rank alone would know.
+        first: g1; a gradient that is not there counts as zero.
+        passes: the displaced gradients $g_k$ and their weights $w_k$.
+        norm: ‖g1‖.
+        wanted: measure the penalty's ratio and the cosine.
         cap: the largest ‖ĝ − g1‖/‖g1‖, or None.
-        fall_back: leave g1 where the second gradient is not finite.
+        fall_back: leave g1 where a displaced gradient is not finite.
+        arrived: what has combined a part of them already, whose ĝ stands in the place of $g_1$'s second gradient.
     """
+    second, weight = passes[0]
+    if len(passes) > 1 or cap is not None or fall_back:
+        return add_penalty(first, _differences(first, passes), norm, second if wanted else None, cap, fall_back)
+    done = set() if arrived is None else arrived.indices
+    xs = [None if i in done else g for i, g in enumerate(first)]
+    ys = [None if i in done else g for i, g in enumerate(second)]
+    square, distance = _sums(xs, ys, norm, wanted)  # before g1 is written over
+    if arrived is not None:
+        more, further = arrived.sums(norm)
+        square, distance = square + more, None if distance is None else distance + further
+    if weight == 1:
+        combined = [torch.zeros_like(x) if y is None and x is not None else y for x, y in zip(xs, ys)]
+    elif _are_usual(xs, ys):
+        here, there = ([vectors.local(g) for g in side if g is not None] for side in (xs, ys))
+        if here:
+            torch._foreach_lerp_(here, there, weight)  # pyright: ignore[reportPrivateImportUsage]
+        combined = xs
+    else:
+        combined = [_added(x, d, 1.0) for x, d in zip(xs, _differences(xs, [(ys, weight)]))]
+    return [second[i] if i in done else g for i, g in enumerate(combined)], _measured(norm, weight, square, distance)
 
-    def __init__(
-        self,
-        parameters: Sequence[nn.Parameter],
-        first: Gradients,
-        earlier: Sequence[tuple[Gradients, float]],
-        measured: Measured,
-        *,
-        deferred: bool,
-        is_local: bool,
-        cap: float | None,
-        fall_back: bool,
-    ) -> None:
-        self._parameters = parameters
-        self._first = list(first)
-        self._earlier = earlier
-        self._measured = measured
-        self._together = cap is not None or fall_back
-        self._deferred = deferred or self._together
-        self._cap = cap
-        self._fall_back = fall_back
-        self._is_local = is_local
-        self._is_second = measured.weight == 1 and not (measured.wanted or earlier or self._deferred or is_local)
-        self._arrived = [False] * len(parameters)
-        self._hooks: list[RemovableHandle] = []
 
-    def __enter__(self) -> None:
-        if self._is_second:  # ĝ = g2: g1 is not waited with
-            self._arrived = [g is None for g in self._first]
-            self._first = [None] * len(self._first)
-        elif not self._deferred:
-            for i, p in enumerate(self._parameters):
-                self._hooks.append(p.register_hook(partial(self._arrive, i)))
+def _are_usual(first: Gradients, second: Gradients) -> bool:
+    """Dense gradients of the same parameters, each in its own memory: ĝ can be written over g1."""
+    present = [g for g in first if g is not None]
+    same = all((g is None) == (s is None) for g, s in zip(first, second))
+    dense = all(g.layout is torch.strided for gradients in (first, second) for g in gradients if g is not None)
+    return same and dense and len({id(g) for g in present}) == len(present)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        del error, trace
-        for hook in self._hooks:
-            hook.remove()
-        if kind is not None:
-            return
-        with torch.no_grad():
-            if self._is_second:
-                self._keep_second()
-                return
-            if self._together:
-                differences = [self._difference(i, p.grad) for i, p in enumerate(self._parameters)]
-                add_penalty(self._parameters, self._first, differences, self._measured, self._cap, self._fall_back)
-                return
-            self._combine_rest()
 
-    def _keep_second(self) -> None:
-        for p, had_none in zip(self._parameters, self._arrived):
-            if p.grad is None and not had_none:
-                p.grad = torch.zeros_like(p)  # took part in the first pass only: g2 = 0
-        present = [p.grad for p in self._parameters if p.grad is not None]
-        self._measured.second.append(vectors.norm(present).square())
+def _sums(first: Gradients, second: Gradients, norm: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """‖g2‖², and where it is wanted ‖g2 − g1‖²; of shards always: a rank that reads must not have to ask the others."""
+    present = [g for g in second if g is not None]
+    if not wanted and not vectors.any_sharded(present):
+        return (vectors.norm(present).square() if present else torch.zeros_like(norm)), None
+    pairs = [(g, s) for g, s in zip(_filled(first, second), _filled(second, first)) if g is not None and s is not None]
+    if not pairs:
+        return torch.zeros_like(norm), torch.zeros_like(norm)
+    return vectors.square_and_distance([g for g, _ in pairs], [s for _, s in pairs])
 
-    def _arrive(self, i: int, second: Tensor) -> Tensor | None:
-        """Answer autograd with ĝ in the place of g2; it takes the memory of g1 over as `.grad`."""
-        if self._arrived[i]:  # another backward of the same pass: ĝ is linear in g2
-            weight = self._measured.weight
-            self._measured.second.append(vectors.squared(second))
-            self._measured.is_partial = True
-            return None if weight == 1 else second * weight
-        self._arrived[i] = True
-        return self._combine(i, second)
 
-    def _combine(self, i: int, second: Tensor | None) -> Tensor | None:
-        """ĝ of one parameter; its g1 is used up, and in the usual case written over."""
-        measured = self._measured
-        weight, first = measured.weight, self._first[i]
-        if first is not None and second is not None and self._is_usual(first, second):
-            self._first[i] = None
-            if measured.wanted:
-                gap = first - second
-                measured.add(second, gap, gap)
-            else:
-                measured.second.append(vectors.squared(second))
-            return torch.lerp(first, second, weight, out=first) if self._needs_first else second
-        difference = self._difference(i, second)
-        self._first[i] = None
-        if difference is None or (second is not None and weight == 1 and not self._earlier):
-            return second
-        return _add(first, difference, weight)
+def _measured(norm: Tensor, weight: float, square: Tensor, distance: Tensor | None) -> Measured:
+    """From ‖g1‖, ‖g2‖² and ‖g2 − g1‖²; the cosine from the three sides of a triangle."""
+    if distance is None:
+        return Measured(vectors.is_finite(vectors.read(square)))
+    product = (norm.square() + square - distance) / 2
+    cosine = product * vectors.safe_reciprocal(norm * square.sqrt())
+    return Measured(
+        vectors.is_finite(vectors.read(square)), abs(weight) * distance.sqrt() * vectors.safe_reciprocal(norm), cosine
+    )
 
-    def _is_usual(self, first: Tensor, second: Tensor) -> bool:
-        """One displaced pass, dense gradients, no narrow dtype: ĝ can be written over g1."""
-        return not (self._earlier or first.is_sparse or second.is_sparse) and first.dtype.itemsize >= 4
 
-    @property
-    def _needs_first(self) -> bool:
-        """ĝ = g2 else."""
-        return self._measured.weight != 1 or self._is_local
+def _filled(gradients: Gradients, like: Gradients) -> list[Tensor | None]:
+    """Zero for what is missing and there in `like`."""
+    return [torch.zeros_like(x) if g is None and x is not None else g for g, x in zip(gradients, like)]
 
-    def _combine_rest(self) -> None:
-        """Those that no hook met: the gradients of a window of several backward passes, and shards."""
-        usual: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
-        for i, p in enumerate(self._parameters):
-            first, second = self._first[i], p.grad
-            if self._arrived[i]:
-                continue
-            if self._measured.wanted or first is None or second is None or not self._is_usual(first, second):
-                p.grad = self._combine(i, second)
-            else:
-                usual[p] = first, second
-        if usual:
-            self._combine_together(usual)
 
-    def _combine_together(self, gradients: dict[nn.Parameter, tuple[Tensor, Tensor]]) -> None:
-        """The usual case of all of them in one call; of shards it sees the part that is here."""
-        firsts, seconds = zip(*gradients.values())
-        self._measured.second.append(vectors.norm(seconds).square())
-        if self._needs_first:
-            here, there = ([vectors.local(g) for g in side] for side in (firsts, seconds))
-            torch._foreach_lerp_(here, there, self._measured.weight)  # pyright: ignore[reportPrivateImportUsage]
-            for p, first in zip(gradients, firsts):
-                p.grad = first
-
-    def _difference(self, i: int, second: Tensor | None) -> Tensor | None:
-        """Σ (w_k / w_last) (g_k − g1), in float32 or wider; a gradient that is not there counts as zero."""
-        first = self._first[i]
-        terms = [(second, 1.0), *((gradients[i], relative) for gradients, relative in self._earlier)]
-        example = next((g for g in (first, *(g for g, _ in terms)) if g is not None), None)
+def _differences(first: Gradients, passes: Sequence[tuple[Gradients, float]]) -> list[Tensor | None]:
+    """Σ wₖ (gₖ − g1), in float32 or wider: several displaced gradients, missing or sparse ones, a cap, a policy."""
+    present = [g for g in first if g is not None]
+    if all(_are_usual(first, gradients) for gradients, _ in passes) and not vectors.is_low_precision(present):
+        return _differences_together(first, passes)
+    differences: list[Tensor | None] = []
+    for i, g in enumerate(first):
+        terms = [(gradients[i], weight) for gradients, weight in passes]
+        example = next((x for x in (g, *(x for x, _ in terms)) if x is not None), None)
         if example is None:
-            return None
+            differences.append(None)
+            continue
         dtype = vectors.wide(example.dtype)
         nothing = torch.zeros_like(example, dtype=dtype)
-        origin = nothing if first is None else first.to(dtype)
-        distances = [((nothing if g is None else g.to(dtype)) - origin) * relative for g, relative in terms]
-        difference = distances[0] if len(distances) == 1 else sum(distances[1:], distances[0])
-        self._measured.add(nothing if second is None else second, distances[0], difference)
-        return difference
+        origin = nothing if g is None else g.to(dtype)
+        parts = [((nothing if x is None else x.to(dtype)) - origin) * weight for x, weight in terms]
+        differences.append(parts[0] if len(parts) == 1 else sum(parts[1:], parts[0]))
+    return differences
+
+
+def _differences_together(first: Gradients, passes: Sequence[tuple[Gradients, float]]) -> list[Tensor | None]:
+    """The same in a few calls for all."""
+    xs = [vectors.local(g) for g in first if g is not None]
+    total: list[Tensor] = []
+    for gradients, weight in passes if xs else ():
+        ys = [vectors.local(g) for g in gradients if g is not None]
+        gaps = list(torch._foreach_sub(ys, xs))  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(gaps, weight)  # pyright: ignore[reportPrivateImportUsage]
+        if total:
+            torch._foreach_add_(total, gaps)  # pyright: ignore[reportPrivateImportUsage]
+        total = total or gaps
+    made = iter(total)
+    return [None if g is None else _like(next(made), g) for g in first]
+
+
+def _like(part: Tensor, whole: Any) -> Tensor:
+    """A tensor of the part that is here, sharded as another is."""
+    if not vectors.is_sharded(whole):
+        return part
+    return type(whole).from_local(
+        part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 def add_penalty(
-    parameters: Sequence[Tensor],
     first: Gradients,
     differences: Gradients,
-    measured: Measured,
-    cap: float | None,
-    fall_back: bool,
-) -> None:
-    """`.grad` ← g1 + weight · difference, with one weight for all: lowered to the cap, or 0 where not finite."""
+    norm: Tensor,
+    second: Gradients | None = None,
+    cap: float | None = None,
+    fall_back: bool = False,
+) -> tuple[list[Tensor | None], Measured]:
+    """g1 + difference, lowered to the cap, or g1 where not finite; with `second` the cosine is measured too."""
     present = [d for d in differences if d is not None]
-    length = vectors.norm(present) if present else torch.zeros(())
-    weight = torch.full_like(length, measured.weight)
+    length = vectors.norm(present) if present else torch.zeros_like(norm)
+    factor, is_finite = torch.ones_like(length), length.isfinite()
     if cap is not None:
-        largest = cap * measured.first_norm.to(length) * vectors.safe_reciprocal(length)
-        weight = weight.sign() * torch.minimum(weight.abs(), largest)
-    usable = length.isfinite() if fall_back else torch.ones_like(length, dtype=torch.bool)
-    ratio = weight.abs() * length * vectors.safe_reciprocal(measured.first_norm)
-    measured.ratio = torch.where(usable, ratio, 0.0)
-    for p, g, difference in zip(parameters, first, differences):
-        if difference is None:
-            p.grad = g
-            continue
-        origin = torch.zeros_like(difference, dtype=p.dtype) if g is None else g
-        combined = _add(origin, difference, weight)
-        if fall_back and vectors.is_readable(usable):
-            p.grad = combined if usable else g
-        elif fall_back:
-            p.grad = torch.where(usable.to(p.device), combined.to_dense(), origin.to_dense())
-        else:
-            p.grad = combined
+        factor = torch.minimum(factor, cap * norm.to(length) * vectors.safe_reciprocal(length))  # NaN stays NaN
+    ratio = factor * length * vectors.safe_reciprocal(norm)
+    cosine = None if second is None else _measured(norm, 1.0, *_sums(first, second, norm, True)).cosine
+    measured = Measured(
+        vectors.is_finite(vectors.read(length)), torch.where(is_finite, ratio, 0.0) if fall_back else ratio, cosine
+    )
+    if cap is None and not fall_back and present and _are_usual(first, differences):
+        here = [vectors.local(g) for g in first if g is not None]
+        torch._foreach_add_(here, [vectors.local(d) for d in present])  # pyright: ignore[reportPrivateImportUsage]
+        return list(first), measured
+    combined = [_added(g, difference, factor) for g, difference in zip(first, differences)]
+    if fall_back and vectors.is_readable(is_finite):
+        return combined if is_finite else list(first), measured
+    if fall_back:
+        combined = [
+            x if x is None else torch.where(is_finite.to(x.device), x.to_dense(), 0.0 if g is None else g.to_dense())
+            for x, g in zip(combined, first)
+        ]
+    return combined, measured
 
 
-def _add(first: Tensor | None, difference: Tensor, weight: float | Tensor) -> Tensor:
-    if isinstance(weight, Tensor):
-        weight = weight.to(difference.device, difference.real.dtype)
+def _added(first: Tensor | None, difference: Tensor | None, factor: float | Tensor) -> Tensor | None:
+    if difference is None:
+        return first
+    if isinstance(factor, Tensor):
+        factor = factor.to(difference.device, difference.real.dtype)
     if first is None:
-        return weight * difference
-    return (first.to(difference.dtype) + weight * difference).to(first.dtype)
+        return factor * difference
+    return (first.to(difference.dtype) + factor * difference).to(first.dtype)
+
+
+class Arrival:
+    """Combines the gradients of one displaced pass of weight w as they arrive, and gives g1's memory to them.
+
+    For large parameters in a backward pass of our own; and for all of them where ranks average ĝ instead of g2.
+    ĝ is linear in g2, so a gradient that arrives in several parts is combined with the first of them.
+
+    Args:
+        parameters: the selected parameters.
+        first: their g1; those that are combined here are taken out.
+        weight: w.
+        all_sizes: also parameters below 1 MB.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], first: list[Tensor | None], weight: float, all_sizes: bool
+    ) -> None:
+        self._first = first
+        self._weight = weight
+        self.indices: set[int] = set()  # of those whose gradient has arrived
+        self._sums: list[tuple[Tensor, Tensor]] = []  # ‖g2‖² and ‖g2 − g1‖²
+        self._hooks: list[RemovableHandle] = []
+        for i, (p, g) in enumerate(zip(parameters, first)):
+            if (all_sizes or p.numel() >= LARGE) and g is not None and g.layout is torch.strided:
+                self._hooks.append(p.register_hook(partial(self._arrive, i)))
+
+    def _arrive(self, i: int, second: Tensor) -> Tensor:
+        first, self._first[i] = self._first[i], None
+        if i in self.indices or first is None:
+            self._sums.append((vectors.squared(second), torch.full((), torch.nan, device=second.device)))
+            return second * self._weight
+        self.indices.add(i)
+        with torch.no_grad():
+            self._sums.append(vectors.square_and_distance([first], [second]))
+            return torch.lerp(first, second, self._weight, out=first)
+
+    def sums(self, norm: Tensor) -> list[Tensor]:
+        """Over all that arrived."""
+        return [vectors.total([norm * 0, *part]) for part in zip(*self._sums)] if self._sums else [norm * 0] * 2
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from gradreg import _vectors as vectors
 from gradreg.training.combination import Measured
+from gradreg.training.notices import warn
 
 
 class Realized(NamedTuple):
@@ -21,42 +21,51 @@ class Realized(NamedTuple):
 
 
 _UNKNOWN = torch.tensor(float("nan"))
+STRONG = 3
+"""A ratio above this is warned of."""
 
 
 class Diagnostics:
     """Counters of all steps, and measurements of the last step with γ > 0."""
 
     def __init__(self) -> None:
-        self._active: Tensor | int = 0
-        self._skipped: Tensor | int = 0
-        self._measured: Measured | None = None
+        self.counts: tuple[Tensor | int, Tensor | int] = (0, 0)  # active and skipped steps
         self._grad_norm = _UNKNOWN
+        self._ratio = _UNKNOWN
+        self._cosine = _UNKNOWN
         self._realized = Realized(_UNKNOWN, _UNKNOWN)
         self._low_precision = False
         self._warned = False
+        self._warned_of_ratio = False
+        self.last_ratio: Tensor | None = None  # ‖ĝ − g1‖/‖g1‖ of the last step with γ > 0, if it was measured
         self.is_wanted = True  # nobody has measured since the user last read
 
-    def count(self, was_active: Tensor) -> None:
-        active = int(was_active) if vectors.is_readable(was_active) else was_active.long()
-        self._active = self._active + active
-        self._skipped = self._skipped + (1 - active)
+    def counted(self, was_active: bool | Tensor) -> tuple[Tensor | int, Tensor | int]:
+        """The counters after one more step."""
+        is_active = was_active.long() if isinstance(was_active, Tensor) else int(was_active)
+        active, skipped = self.counts
+        return active + is_active, skipped + (1 - is_active)
 
-    def count_pass(self, step: Tensor, is_measured: bool) -> None:
-        """A step of one pass, which has no g1 to measure; active if the weights were displaced for it."""
-        self.count(step != 0)
-        self.is_wanted = self.is_wanted and not is_measured
-
-    def record(self, grad_norm: Tensor, measured: Measured | None) -> None:
-        """Keep the measurements of a step; None where the second pass did not run, so that ĝ = g1."""
+    def record(self, grad_norm: Tensor, measured: Measured | None, share: float = 1.0) -> None:
+        """Keep the measurements of a step on a share of the batch; None where ĝ = g1, without a second pass."""
         self._grad_norm = grad_norm
-        if measured is None or measured.wanted:
-            self._measured = measured
-            self.is_wanted = False
+        self.last_ratio = None
+        if measured is None:
+            self._ratio, self._cosine = grad_norm * 0, _UNKNOWN
+        elif measured.ratio is not None:
+            self._ratio = self.last_ratio = share * measured.ratio
+            if vectors.is_readable(self._ratio):
+                self._warn_if_strong()
+            self._cosine = _UNKNOWN if measured.cosine is None else measured.cosine
+        else:
+            return
+        self.is_wanted = False
 
     def record_realized(
-        self, applied: Iterable[Tensor], step: Tensor, direction: Sequence[Tensor], low_precision: bool
+        self, applied: Iterable[Tensor], step: vectors.Scalar, direction: Sequence[Tensor], low_precision: bool
     ) -> None:
         length = vectors.norm(direction)
+        step = torch.as_tensor(step, dtype=length.dtype, device=length.device)
         parts = [(vectors.squared(a), vectors.dot(a, d)) for a, d in zip(applied, direction)]  # one temporary at a time
         size = vectors.total([part for part, _ in parts]).sqrt()
         product = vectors.total([part for _, part in parts])
@@ -71,31 +80,40 @@ class Diagnostics:
         kept = float(self._realized.cosine * self._realized.norm)
         if self._low_precision and not self._warned and kept < 0.5:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"Rounding realized only {kept:.0%} of the displacement εd, since the weights are stored in low "
                 'precision: the penalty is mostly noise. Use a larger epsilon, ascent="normalized", or float32 weights '
-                "(autocast may still compute in low precision).",
-                UserWarning,
-                stacklevel=2,
+                "(autocast may still compute in low precision)."
             )
+
+    def _warn_if_strong(self) -> None:
+        """Warn once of a penalty that is several times the gradient. Reads the measurement."""
+        if self._warned_of_ratio or not float(self._ratio) > STRONG:
+            return
+        self._warned_of_ratio = True
+        warn(
+            f"The penalty is {float(self._ratio):.3g} times the gradient (penalty_ratio = ‖ĝ − g1‖/‖g1‖ > {STRONG}), "
+            "and training follows it instead of the loss: lower gamma, or let gamma=gradreg.TargetRatio() find it; "
+            "cap=1.0 bounds the ratio of every step."
+        )
 
     def read(self) -> dict[str, Tensor | Realized]:
         self.is_wanted = True
         self._warn_if_lost()
-        ratio, cosine = self._grad_norm * 0, _UNKNOWN  # a skipped step: ĝ = g1
-        if self._measured is not None:
-            ratio, cosine = self._measured.penalty_ratio(), self._measured.cosine()
+        self._warn_if_strong()
+        active, skipped = self.counts
         return {
             "grad_norm": self._grad_norm,
-            "penalty_ratio": ratio,
-            "cosine": cosine,
+            "penalty_ratio": self._ratio,
+            "cosine": self._cosine,
             "realized": self._realized,
-            "active_steps": torch.as_tensor(self._active),
-            "skipped_steps": torch.as_tensor(self._skipped),
+            "active_steps": torch.as_tensor(active),
+            "skipped_steps": torch.as_tensor(skipped),
         }
 
     def state_dict(self) -> dict[str, int]:
-        return {"active_steps": int(self._active), "skipped_steps": int(self._skipped)}
+        active, skipped = self.counts
+        return {"active_steps": int(active), "skipped_steps": int(skipped)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._active, self._skipped = state["active_steps"], state["skipped_steps"]
+        self.counts = state["active_steps"], state["skipped_steps"]

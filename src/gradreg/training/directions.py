@@ -81,8 +81,22 @@ class Momentum:
                 )
 
     def vector(self, p: nn.Parameter) -> Tensor | None:
-        state = self.optimizer.state.get(p, {})
-        return next((state[key] for key in BUFFERS if state.get(key) is not None), None)
+        """v of a parameter; None before the optimizer has stepped.
+
+        Raises:
+            ValueError: an optimizer that keeps no momentum by a known name.
+        """
+        state = self.optimizer.state.get(p)
+        if not state:
+            return None
+        for key in BUFFERS:
+            if key in state:
+                return state[key]
+        raise ValueError(
+            f"ascent=Momentum(optimizer): {type(self.optimizer).__name__} keeps {sorted(map(str, state))} for a "
+            f"parameter, and no momentum by the name {' or '.join(BUFFERS)}: use ascent=Previous(), or an optimizer of "
+            "torch.optim."
+        )
 
 
 @dataclass(frozen=True)
@@ -202,7 +216,7 @@ class Directions:
         named: Mapping[str, nn.Parameter],
         gradients: Sequence[Tensor | None],
         grad_scale: Scale,
-        norm: Tensor | None = None,
+        norm: vectors.Scalar | None = None,
     ) -> tuple[list[nn.Parameter], Sequence[Tensor], Scale]:
         """The parameters that move, and d = scale · vectors.
 
@@ -213,36 +227,46 @@ class Directions:
             found = {p: v for name, p in named.items() if (v := self._known(ascent, name, p)) is not None}
             if not found:
                 return [], [], 0.0
-            length = vectors.norm(list(found.values()))
+            length = vectors.read(vectors.norm(list(found.values())))
             if self._moves_all:
                 found = {p: found[p] if p in found else torch.zeros_like(p) for p in named.values()}
-            scale = torch.where(vectors.has_direction(length), ascent.sign / length, 0.0)
+            scale = ascent.sign * vectors.reciprocal(length)
             return list(found), list(found.values()), scale
         moving = [(p, g) for p, g in zip(named.values(), gradients) if g is not None]
         parameters, present = [p for p, _ in moving], [g for _, g in moving]
+        if not present:
+            return [], [], 0.0
         if type(ascent) is Normalized and norm is not None:  # taken once, and among ranks communicated once
             return parameters, present, vectors.safe_reciprocal(norm)
-        return parameters, *ascent([p.data for p in parameters], present, grad_scale)
+        direction, scale = ascent([p.data for p in parameters], present, grad_scale)
+        if type(ascent) not in _OURS:
+            _check_direction(ascent, parameters, direction)
+        return parameters, direction, scale
 
     def _known(self, ascent: Momentum | Previous, name: str, p: nn.Parameter) -> Tensor | None:
         return ascent.vector(p) if isinstance(ascent, Momentum) else self._previous.get(name)
 
-    def remember(self, named: Mapping[str, nn.Parameter]) -> None:
+    def remember(self, named: Mapping[str, nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
         """The step is done: its gradients are the previous ones now. What is not finite is forgotten."""
         if not self.remembers:
             return
+        kept = {
+            name: vectors.laid_out(g.to_dense() if g.is_sparse else g, p)
+            for (name, p), g in zip(named.items(), gradients)
+            if g is not None
+        }
         with torch.no_grad():
-            for name, p in named.items():
-                g = p.grad.to_dense() if p.grad is not None and p.grad.is_sparse else p.grad
-                if g is None:
-                    self._previous.pop(name, None)
-                elif name in self._previous and self._previous[name].shape == g.shape:
-                    vectors.copy_([self._previous[name]], [g])
-                else:
-                    self._previous[name] = g.detach().clone()
-            for kept in self._previous.values():
-                if not vectors.is_readable(kept):
-                    vectors.local(kept).nan_to_num_(0.0, 0.0, 0.0)
+            room = {
+                name: self._previous[name]
+                if name in self._previous and self._previous[name].shape == g.shape
+                else torch.empty_like(g)
+                for name, g in kept.items()
+            }
+            vectors.copy_(list(room.values()), list(kept.values()))
+            for g in room.values():
+                if not vectors.is_readable(g):
+                    vectors.local(g).nan_to_num_(0.0, 0.0, 0.0)
+        self._previous = room
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self._previous)
@@ -260,6 +284,20 @@ class Directions:
                 )
         with torch.no_grad():
             self._previous = {name: g.to(named[name].device, copy=True) for name, g in state.items()}
+
+
+_OURS = {type(ascent) for ascent in ASCENTS.values()}
+
+
+def _check_direction(ascent: Any, parameters: Sequence[Tensor], direction: Any) -> None:
+    """Refuse what an ascent of the user's own returned, if it is no vector for each parameter."""
+    expected = [tuple(p.shape) for p in parameters]
+    found = [tuple(d.shape) if isinstance(d, Tensor) else type(d).__name__ for d in direction]
+    if found != expected:
+        raise ValueError(
+            f"ascent must return one vector for each parameter and a scale, and {ascent!r} returned {len(found)} for "
+            f"{len(expected)} parameters, of shapes {found[:3]} where {expected[:3]} were expected."
+        )
 
 
 def _check_sign(sign: int) -> None:

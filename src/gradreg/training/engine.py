@@ -1,38 +1,61 @@
-"""The engine: runs the passes of a step around a model.
+"""The engine: plays the passes of a step around a model.
 
-A step is plain, one pass ahead, a split of the batch, or two passes and what is made of them. The doors
-(regularizer.py) ask for one; random state, buffers, gradients and weights are looked after here and in second_pass.py.
+The plan (plan.py) says which passes there are, the door (calls.py) how one is run, second_pass.py makes ĝ of them. What
+is put back, and when, is written down in ending.py before it is touched.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gradreg import _vectors as vectors
-from gradreg.training.anatomy import Anatomy
+from gradreg.training import double_backward
+from gradreg.training.anatomy import Anatomy, refuse_shared_memory
 from gradreg.training.batch import Fraction, Split, cut, weighted
-from gradreg.training.calls import Backward, Examination, differentiate, run_closure
+from gradreg.training.calls import Backward, Call, Calls, Closure, checked
 from gradreg.training.carried import Carried
-from gradreg.training.combination import give_gradients, take_gradients
+from gradreg.training.check import State, check_same
+from gradreg.training.combination import Gradients, add_penalty, give, is_view, take
 from gradreg.training.displacement import Displacement, EarlyReturn
-from gradreg.training.double_backward import ExactPenalty
-from gradreg.training.hosts import loss_division
+from gradreg.training.ending import Ending, Endings
+from gradreg.training.plan import Method, Plan, plan_of
 from gradreg.training.ranks import Ranks
-from gradreg.training.recorder import Recorder
 from gradreg.training.replay import Buffers, Moment
 from gradreg.training.schedule import Strength
-from gradreg.training.second_pass import Displacer, Method, SecondPass, dropping_gradients, without_trace
-from gradreg.training.selection import Selection
+from gradreg.training.second_pass import Mover, SecondPass
+from gradreg.training.selection import Selection, bare_class
+from gradreg.training.shards import lay_out_gradients
+from gradreg.training.strangers import Averages, Census, Strangers, warn_of_scaler
+from gradreg.training.together import check_stage
+from gradreg.training.watch import Watch
 
-Call = Callable[[], Tensor]
-Result = TypeVar("Result")
+Door = Calls | Closure
+
+
+ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@dataclass
+class Step:
+    """One step under way."""
+
+    strength: Strength | None
+    parameters: list[Tensor]  # the selected ones, then all others whose gradients must not be touched
+    old: list[Tensor | None]  # their gradients when it began
+    before: Moment | None = None
+
+    def forget_old(self) -> None:
+        """Hold only those that are views: they belong to somebody, who expects ĝ in them."""
+        self.old = [g if g is not None and is_view(g) else None for g in self.old]
 
 
 class Engine:
@@ -44,278 +67,510 @@ class Engine:
         method: what stays the same over the steps.
         ascent_sync: whose gradient the ascent follows, where there are several ranks.
         carried: what goes on from step to step.
+        checks_replay: ask the loss twice in the first step.
     """
 
     def __init__(
-        self, model: nn.Module, selection: Selection, method: Method, ascent_sync: str, carried: Carried
+        self,
+        model: nn.Module,
+        selection: Selection,
+        method: Method,
+        ascent_sync: str,
+        carried: Carried,
+        checks_replay: bool,
     ) -> None:
         self._selection = selection
         self._method = method
         self._carried = carried
-        self._displacement = Displacement(keeps_room=not method.is_one_pass)
         self.anatomy = Anatomy(model)
-        self.ranks = Ranks(model, ascent_sync)
-        self.recorder = Recorder(self.anatomy)
-        self._examination = Examination()
+        self.ranks = Ranks(model, ascent_sync, method.is_one_pass)
+        self.watch = Watch(self.anatomy)
+        self.displacement = Displacement(keeps_room=not (method.is_one_pass and self.anatomy.is_large))
+        self._endings = Endings(self.displacement, self._count)
+        self._strangers = Strangers()
+        self._block: Step | None = None  # of the second door
+        self._averages: Averages | None = None
+        self._is_reentrant: bool | None = None  # whether checkpoints run backward passes in one; not known yet
+        self.is_check_due = self.watch.keeps_calls = checks_replay
+        mover = partial(Mover, self.anatomy, selection)
+        self._mover = mover(carried.directions, self.displacement, carried.diagnostics)
+        self._ahead = carried.ahead and mover(carried.ahead, self.displacement, carried.diagnostics, is_base=True)
+        self._read()
+        ENGINES.add(self)
+
+    def _read(self) -> None:
+        """What belongs to the model is found once, and again when it changes."""
+        refuse_shared_memory(dict(self.anatomy.model.named_parameters()))
+        self._parameters = self._selection.parameters
+        self._others = self._selection.others
+
+    def follow(self) -> None:
+        if self.anatomy.follow():
+            self._selection.read(self.anatomy.model)
+            self._read()
+
+    # A step begins and ends.
+
+    @property
+    def is_open(self) -> bool:
+        return self._endings.now is not None
+
+    def _begin(
+        self, strength: Strength | None, moment: Moment, others: Sequence[Tensor] = (), leaves_old: bool = False
+    ) -> Step:
+        """From here on `end` is due, at a moment; if it breaks off without gradients, or with those that were there."""
+        everything = [*self._parameters, *self._others, *others, *self._strangers.tensors]
+        step = Step(strength, everything, [p.grad for p in everything], moment)
+        left = step.old if leaves_old else [None] * len(everything)
+        self._endings.begin(self._ending(parameters=everything, gradients=left, moment=moment))
+        self._endings.hooks.append(register_optimizer_step_pre_hook(self._refuse_step))
+        return step
+
+    def _ending(self, **fields: Any) -> Ending:
+        return Ending(self._carried.step, self._carried.diagnostics.counts, **fields)
+
+    def _begin_alone(self) -> None:
+        """A step whose gradients autograd adds by itself; after a failure there are none if there were none before."""
+        none = [p for p in self._selection.all if p.grad is None]
+        self._endings.begin(self._ending(parameters=none, gradients=[None] * len(none)))
+        self._endings.hooks.append(register_optimizer_step_pre_hook(self._refuse_step))
+
+    def _refuse_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        del args, kwargs
+        displaced = set(map(id, self.displacement.displaced))
+        if any(id(p) in displaced for group in optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step() was called while the weights are displaced, and would be undone: "
+                "call it after the perturbed() block (mind the indentation), and not in the loss or closure."
+            )
+
+    def end(self) -> None:
+        """Put everything back; once more does no harm."""
+        self._endings.end()
+        self._block = None
+        self.watch.forget()
+
+    def _count(self, ending: Ending) -> None:
+        self._carried.step = ending.step
+        self._carried.diagnostics.counts = ending.counts
+
+    def _will_end(self, **changes: Any) -> None:
+        """From here on the step ends otherwise."""
+        if self._endings.now is None:
+            raise RuntimeError("the step was interrupted, and the loss or block went on after the exception.")
+        self._endings.now = self._endings.now.but(**changes)
+
+    def _succeed(self, step: Step | None, old: Gradients = ()) -> None:
+        """The step is done: it ends with what stands in `.grad`, added to what was there, in the tensors of `old`."""
+        gradients = [p.grad for p in (self._parameters if step is None else step.parameters)]
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        with torch.no_grad():
+            for i, (g, before) in enumerate(zip(gradients, old)):
+                if before is None or g is before:
+                    continue
+                if g is not None and g.layout is before.layout is torch.strided:
+                    targets.append(before)
+                    sources.append(g)
+                gradients[i] = before if g is None or (targets and targets[-1] is before) else g
+        values = {id(t): s for t, s in zip(targets, sources)}
+        mine = [values.get(id(g), g) for g in gradients[: len(self._parameters)]]
+        self._carried.remember(self._selection.named, mine)
+        self._carried.follow(self.ranks)
+        changes = {"parameters": ()} if step is None else {"gradients": gradients, "moment": None}
+        self._will_end(is_success=True, step=self._carried.step + 1, targets=targets, sources=sources, **changes)
+
+    # The first door.
 
     def step_of_calls(
         self,
         loss_fn: Callable[..., Tensor],
         batches: Sequence[Any] | None,
         strength: Strength | None,
-        step: int,
         backward: Backward,
         grad_scale: float | Tensor,
     ) -> list[Tensor]:
         """Add ĝ to `.grad`; the losses of the window, or of its parts."""
-        method = self._method
-        calls = [loss_fn] if batches is None else [partial(loss_fn, batch) for batch in batches]
-        if strength is None:
-            return self._plain(calls, backward)
-        if isinstance(method.batch, Split):
-            with self._adding_to_gradients(), self.recorder.paused():
-                return self._split(loss_fn, batches or [], strength, backward, grad_scale)
-        if method.is_one_pass:
-            with self.recorder.paused():
-                return self._one_pass(calls, strength, backward)
-        rest: list[Call] = []
-        if isinstance(method.batch, Fraction):
-            calls, rest, share = cut(loss_fn, batches or [], method.batch.share)
-            strength = replace(strength, share=share)
-        with self._adding_to_gradients(), self._all_or_nothing() as before:
-            losses = self._regularize(calls, strength, step, before, backward, grad_scale)
-            return losses + self._plain(rest, backward)
+        if strength is not None and not self._method.is_one_pass:
+            self.ranks.check_sync()
+        self.watch.is_paused = True
+        calls: list[Call] = [loss_fn] if batches is None else [partial(loss_fn, batch) for batch in batches]
+        door = Calls(self.ranks, self.anatomy.parameters, backward, grad_scale, self._is_reentrant is None)
+        is_exact = self._method.scheme.is_exact and strength is not None
+        parts = [calls]
+        if strength is not None and isinstance(self._method.batch, Split):
+            here, ahead, share = cut(loss_fn, batches or [], 1 - strength.ratio)
+            parts = [weighted(here, (1 - strength.ratio) / share), weighted(ahead, strength.ratio / (1 - share))]
+        elif strength is not None and isinstance(self._method.batch, Fraction):
+            first, rest, share = cut(loss_fn, batches or [], self._method.batch.share)
+            parts, strength = [first, rest], replace(strength, share=share)
+        plan = plan_of(self._method, strength)
+        if len(plan) == 1 and not is_exact:
+            self._begin_alone()
+            self._look_ahead()
+            losses = self._play(None, strength, plan, parts, door, ())
+            self._succeed(None)
+            return losses
+        step = self._begin(strength, Moment(self.anatomy), leaves_old=True)
+        give(step.parameters, [None] * len(step.old))
+        self._look_ahead()
+        if is_exact:
+            losses = self._exact(step, door, calls)
+        else:
+            losses = self._play(step, strength, plan, parts, door, (loss_fn, batches))
+        made = take(step.parameters)
+        with torch.no_grad():
+            for g, before in zip(made, step.old):
+                if g is not None and before is not None and g.layout is before.layout is torch.strided:
+                    g.add_(before)
+            give(step.parameters, [_sum(g, before) for g, before in zip(made, step.old)])
+        self._succeed(step, step.old)
+        return losses
+
+    # The second door.
+
+    def open_block(
+        self, strength: Strength | None, grad_scale: float | Tensor, replays_random_numbers: bool, may_call: bool
+    ) -> SecondPass:
+        """`.grad` holds g1; the block of the user's is the displaced pass, and `close_block` follows it."""
+        checks = self.is_check_due and strength is not None and may_call
+        census = None if self._strangers.has_looked else Census()
+        if census is not None and may_call and not replays_random_numbers:  # hosts know their scaler
+            warn_of_scaler(grad_scale, census)
+        after = Moment(self.anatomy)
+        self._block = step = self._begin(strength, after)
+        known = [id(x) for x in (*step.old, *(buffer for _, _, buffer in self.anatomy.buffers()))]
+        step.forget_old()
+        leaves = () if census is None else census.tensors
+        second = self._second_pass(step, strength or Strength(1.0, 1.0), grad_scale, leaves)
+        if checks:
+            failing = self._endings.now
+            self._will_end(gradients=second.taken)
+            self._check_forwards()
+            self._endings.now = failing
+        self._is_due = strength is not None and self._passes_test(second)
+        if self._is_due:
+            [(node, weight)] = self._method.scheme.stencil
+            second.displace(node)
+            second.prepare(weight * step.strength.ratio, self._endings)  # type: ignore[union-attr]
+        self._averages = None if census is None else Averages(self.anatomy.parameters, known, census)
+        self.watch.start_replay(compares_random_numbers=not replays_random_numbers)
+        return second
+
+    def close_block(self, second: SecondPass) -> None:
+        step, self._block = self._block, None
+        assert step is not None
+        assert step.before is not None
+        self.watch.finish_replay()
+        if self._is_due and all(p.grad is None for p in step.parameters):
+            raise ValueError("the perturbed() block ran no backward pass: run the passes of the first one again in it.")
+        averages, self._averages = self._averages, None
+        if averages is not None:
+            averages.warn_if_moved()
+        [(_, weight)] = self._method.scheme.stencil
+        if self._is_due and step.strength is not None:
+            self._collect(second, weight * step.strength.ratio)
+        else:
+            self._strangers.keep_met()
+        self.displacement.close()
+        counts = second.finish() if step.strength is not None else second.leave_first()
+        step.before.restore()
+        if self._is_due:
+            self.is_check_due = self.watch.keeps_calls = False
+        self._will_end(counts=counts)
+        step.forget_old()
+        self._succeed(step, step.old)
+
+    def open_one_pass(self, strength: Strength | None) -> None:
+        """The block is the whole step, at θ + εd; with γ = 0 at θ."""
+        self.watch.is_paused = True
+        self._begin_alone()
+        if strength is not None:
+            self._will_end(counts=self._run_ahead_of(strength.epsilon, (), 1.0, None))
+
+    def close_one_pass(self, strength: Strength | None) -> None:
+        self.displacement.close()
+        self._check_stage(strength)
+        self._succeed(None)
+
+    # The third door.
 
     def step_of_closure(
-        self,
-        closure: Callable[[], Any],
-        owned: Sequence[Tensor],
-        others: Sequence[Tensor],
-        strength: Strength,
-        step: int,
+        self, closure: Callable[[], Any], owned: Sequence[Tensor], others: Sequence[Tensor], strength: Strength | None
     ) -> Any:
-        """ĝ in `.grad`, by a closure that is called twice; its loss at θ."""
-        with self._all_or_nothing() as before, torch.enable_grad():
-            with self.recorder.first_pass(), self.ranks.first_pass():
-                loss = run_closure(closure, owned, self._selection.parameters)
-
-            def replay() -> None:
-                before.restore()
-                closure()
-
-            self._second_pass(replay, strength, step, 1.0, self.recorder.num_forwards, others)
+        """ĝ in `.grad`, by a closure that is called once for each pass; its loss at θ."""
+        self.watch.is_paused = True
+        door = Closure(self.ranks, owned, self._parameters)
+        plan = plan_of(self._method, strength)
+        with torch.enable_grad():
+            if len(plan) == 1:
+                self._begin_alone()
+                self._look_ahead()
+                [loss] = self._play(None, strength, plan, [[closure]], door, ())
+                self._check_stage(strength)
+                self._succeed(None)
+                return loss
+            step = self._begin(strength, Moment(self.anatomy), others)
+            if not self.is_check_due:
+                step.forget_old()
+            self._look_ahead()
+            [loss] = self._play(step, strength, plan, [[closure]], door, (closure,))
+        step.forget_old()
+        self._succeed(step, step.old)
         return loss
 
-    def _plain(self, calls: Sequence[Call], backward: Backward) -> list[Tensor]:
-        with self.recorder.paused():
-            return self._for_each(calls, lambda call: differentiate(call, backward))
+    # The plan is played.
 
-    def _regularize(
+    def _look_ahead(self) -> None:
+        """With `at`, all passes of a step from θ + ρd on."""
+        radius = 0.0 if self._method.at is None else self._method.at.radius(self._carried.step)
+        if self._ahead is not None and radius != 0:
+            self._ahead.move(radius)
+
+    def _play(
         self,
+        step: Step | None,
+        strength: Strength | None,
+        plan: Plan,
+        parts: Sequence[Sequence[Call]],
+        door: Door,
+        roots: Sequence[Any],
+    ) -> list[Any]:
+        """The passes in order; the gradients of all of them, combined, stand in `.grad` then."""
+        again = [(one.node, one.weight) for one in plan if one.weight is not None]
+        state = State(roots, self.anatomy) if again and self.is_check_due else None
+        losses: list[Any] = []
+        for one in plan:
+            calls = parts[one.part]
+            if one.weight is None and one.node == 0:
+                losses += self._run_here(door, calls, is_first=one.part == 0 and len(plan) > 1)
+            elif one.weight is None and strength is not None:
+                losses += self._run_ahead(door, calls, strength, is_alone=len(plan) == 1)
+            elif again and step is not None and strength is not None:
+                self._penalize(step, strength, again, door, calls, losses, state)  # type: ignore[arg-type]
+                again = []
+        return losses
+
+    def _run_here(self, door: Door, calls: Sequence[Call], is_first: bool) -> list[Any]:
+        with self.ranks.first_pass() if is_first else nullcontext():
+            losses = door.run(calls)
+        if self._is_reentrant is None and isinstance(door, Calls):
+            self._is_reentrant = door.is_reentrant
+        return losses
+
+    def _run_ahead(self, door: Door, calls: Sequence[Call], strength: Strength, is_alone: bool) -> list[Any]:
+        """A displaced pass on rows of its own: all of them, or those of a `Split`, which leave buffers as they were."""
+        if is_alone:
+            counts = self._run_ahead_of(strength.epsilon, (), 1.0, None)
+            early = None
+            if isinstance(door, Calls) and len(calls) == 1 and self.anatomy.is_large:
+                early = EarlyReturn(self.displacement)
+                self._endings.hooks.append(early)
+            losses = door.run(calls, None if early is None else early.watch)
+        else:
+            buffers = Buffers(self.anatomy)
+            lay_out_gradients(self._parameters)
+            gradients = [p.grad for p in self._parameters]
+            present = [g for g in gradients if g is not None]
+            norm = None
+            if not self._carried.directions.are_known:
+                norm = vectors.read(vectors.norm(present)) if present else 0.0
+            counts = self._run_ahead_of(strength.epsilon, gradients, (1 - strength.ratio) * door.scale(), norm)
+            losses = door.run(calls)
+            buffers.restore()
+        self.displacement.close()
+        self._will_end(counts=counts)
+        return losses
+
+    def _run_ahead_of(
+        self, radius: float, gradients: Gradients, scale: float | Tensor, norm: vectors.Scalar | None
+    ) -> tuple[Any, Any]:
+        """Displace for a pass that has no g1 to be measured against; the counters after it."""
+        factor = self._mover.move(radius, gradients, scale, norm)
+        diagnostics = self._carried.diagnostics
+        diagnostics.is_wanted = diagnostics.is_wanted and factor is None
+        if isinstance(factor, Tensor):
+            factor = vectors.read(factor)
+        return diagnostics.counted(False if factor is None else factor != 0)
+
+    def _penalize(
+        self,
+        step: Step,
+        strength: Strength,
+        again: Sequence[tuple[float, float]],
+        door: Door,
         calls: Sequence[Call],
-        strength: Strength,
-        step: int,
-        before: Moment,
-        backward: Backward,
-        grad_scale: float | Tensor,
-    ) -> list[Tensor]:
-        exact = ExactPenalty(self._selection.parameters, self._method, strength.gamma, self._carried.diagnostics)
-        if self._method.scheme.is_exact and len(calls) == 1 and backward is Tensor.backward:
-            return [exact.in_one_pass(calls[0], self._selection.others)]
-        factors: list[Tensor] = []
-        with self.recorder.first_pass(), self.ranks.first_pass():
-            losses = self._for_each(calls, lambda call: differentiate(call, backward, factors, self._examine))
-        self._examination.is_done = True
-        grad_scale = strength.share * _scale_of(grad_scale, factors, backward)
-        if self._method.scheme.is_exact:
-            first = [p.grad for p in self._selection.parameters]
-            with without_trace(self.anatomy, self._selection.all):
-                before.restore()
-                penalty = exact.of_window(calls, factors, first, grad_scale)
-            exact.add(penalty, grad_scale)
-            return losses
-        # Gradients that nobody wants are not computed, where we run the backward pass ourselves.
-        wanted = self._selection.parameters if self._picks_gradients(backward) else None
+        losses: Sequence[Any],
+        state: State | None,
+    ) -> None:
+        """From g1 to ĝ, by displaced passes of rows that have run at θ."""
+        assert step.before is not None
+        after = Moment(self.anatomy)
+        second = self._second_pass(step, strength, strength.share * door.scale(), self._leaves(door))
+        if state is not None and second.is_needed:
+            failing = self._endings.now
+            self._will_end(gradients=second.untouched(step.old))
+            step.before.restore()
+            with self._weights_kept() as has_written, self.ranks.quiet():
+                answers = door.ask(calls)
+            take(step.parameters)
+            check_same(losses, answers, state, door.name, is_bitwise=not has_written())
+            self._endings.now = failing
+            self.is_check_due = self.watch.keeps_calls = False
+        if self._passes_test(second):
+            for node, weight in again:
+                second.displace(node)
+                step.before.restore()
+                second.prepare(weight, self._endings)
+                self.watch.starts_again()
+                early = partial(second.combine_large_on_arrival, weight, self._endings)
+                is_simple = self.anatomy.is_large and len(calls) == 1
+                door.run_again(calls, early if is_simple else _nothing, self._wanted(door))
+                self._collect(second, weight)
+        self.watch.stops_again()
+        counts = second.finish()
+        after.restore()
+        self._will_end(counts=counts)
 
-        def play(call: Call) -> None:
-            loss = call()
-            if loss.requires_grad:  # else: nothing selected takes part in the displaced pass
-                loss.backward(inputs=wanted) if wanted else backward(loss)
-
-        def replay() -> None:
-            before.restore()
-            self._for_each(calls, play)
-
-        self._second_pass(replay, strength, step, grad_scale, len(calls))
-        return losses
-
-    def _picks_gradients(self, backward: Backward) -> bool:
-        is_ours = backward is Tensor.backward and self._examination.allows_inputs and self.ranks.is_alone
-        return is_ours and any(p.requires_grad for p in self._selection.others)
-
-    def _one_pass(self, calls: Sequence[Call], strength: Strength, backward: Backward) -> list[Tensor]:
-        """∇L(θ + εd) and no other gradient."""
-        with self._displacer().standing(strength.epsilon) as moved:
-            self._carried.diagnostics.count_pass(moved.step, is_measured=bool(moved.parameters))
-            if len(calls) > 1:
-                return self._for_each(calls, lambda call: differentiate(call, backward))
-            with EarlyReturn(self._displacement, moved.parameters) as early:
-                return [differentiate(calls[0], backward, check=early.watch)]
-
-    def _split(
-        self,
-        loss_fn: Callable[..., Tensor],
-        batches: Sequence[Any],
-        strength: Strength,
-        backward: Backward,
-        grad_scale: float | Tensor,
-    ) -> list[Tensor]:
-        """(1 − λ) ∇L_A(θ) + λ ∇L_B(θ + εd), λ = γ/ε, each row in one pass."""
-        here, ahead, share = cut(loss_fn, batches, 1 - strength.ratio)
-        factors: list[Tensor] = []
-        with self.ranks.first_pass():
-            first = weighted(here, (1 - strength.ratio) / share)
-            losses = self._for_each(first, lambda call: differentiate(call, backward, factors, self._examine))
-        self._examination.is_done = True
-        buffers = Buffers(self.anatomy)
-        gradients = [p.grad for p in self._selection.parameters]
-        scale = (1 - strength.ratio) * _scale_of(grad_scale, factors, backward)
-        present = [g for g in gradients if g is not None]
-        norm = vectors.norm(present) if present and not self._carried.directions.are_known else None
-        with self._displacer().standing(strength.epsilon, gradients, scale, norm) as moved:
-            self._carried.diagnostics.count_pass(moved.step, is_measured=bool(moved.parameters))
-            second = weighted(ahead, strength.ratio / (1 - share))
-            losses += self._for_each(second, lambda call: differentiate(call, backward))
-        buffers.restore()
-        return losses
-
-    def _for_each(self, calls: Sequence[Call], play: Callable[[Call], Result]) -> list[Result]:
-        """The micro-batches of a window; ranks average gradients in the last."""
-        results = []
-        for k, call in enumerate(calls, 1):
-            with self.ranks.micro_batch(is_last=k == len(calls)):
-                results.append(play(call))
-        return results
+    def _leaves(self, door: Door) -> Sequence[Tensor]:
+        if self._strangers.has_looked:
+            return ()
+        return Census().tensors if door.leaves is None else door.leaves
 
     def _second_pass(
-        self,
-        run: Callable[[], Any],
-        strength: Strength,
-        step: int,
-        grad_scale: float | Tensor,
-        num_backwards: int,
-        others: Sequence[Tensor] = (),
-    ) -> None:
-        """`.grad` from g1 to ĝ, where the pass is ours to run."""
-        second = self._prepare(strength, grad_scale, num_backwards, others)
-        if not self._is_due(second, step):
-            second.skip()
-            return
-        with second.open():
-            for k in range(second.num_passes):
-                with second.displaced(k), self.recorder.displaced_pass():
-                    run()
-
-    def _is_due(self, second: SecondPass, step: int) -> bool:
-        """Whether the second pass is to run: it can change something, and the test, if there is one, asks for it."""
-        test = self._carried.test
-        return second.is_needed and (test is None or test.is_large(second.squared_norm, step))
-
-    def _displacer(self) -> Displacer:
-        return Displacer(
-            self.anatomy, self._selection.named, self._carried.directions, self._displacement, self._carried.diagnostics
-        )
-
-    def _prepare(
-        self,
-        strength: Strength,
-        grad_scale: float | Tensor,
-        num_backwards: int,
-        others: Sequence[Tensor] = (),
+        self, step: Step, strength: Strength, scale: float | Tensor, leaves: Sequence[Tensor]
     ) -> SecondPass:
-        """The way from g1, which stands in `.grad`, to ĝ."""
-        ranks, num_passes = self.ranks, len(self._method.scheme.stencil)
+        """Take g1 from `.grad`; in the first step, also what might belong to the loss outside the model."""
+        strangers: list[Tensor] = []
+        if not self._strangers.has_looked and self._endings.now is not None:
+            known = [*step.parameters, *self.anatomy.model.parameters(), *self._of_other_blocks()]
+            strangers = self._strangers.look(known, leaves)
+            step.parameters.extend(strangers)
+            step.old.extend([None] * len(strangers))
+            left = [*self._endings.now.gradients, *(t.grad for t in strangers)]
+            self._will_end(parameters=step.parameters, gradients=left)
         return SecondPass(
-            self._displacer(),
-            [*self._selection.others, *others],
+            self._mover,
+            self._parameters,
+            step.parameters[len(self._parameters) :],
             self._method,
             strength,
-            grad_scale=grad_scale,
-            deferred=not ranks.is_local and (num_backwards > 1 or (ranks.is_replicated and num_passes > 1)),
-            is_local=ranks.is_local,
-            is_replicated=ranks.is_replicated,
+            scale,
+            self.ranks,
+            self._carried.diagnostics,
+            copies_views=any(g is not None for g in step.old),
+            num_strangers=len(strangers),
+            is_stage=self._check_stage(step.strength),
         )
 
-    @contextmanager
-    def one_pass(self, strength: Strength | None) -> Iterator[None]:
-        """The one pass of a step, at θ + εd; with γ = 0 at θ."""
-        with self.recorder.paused():
-            if strength is None:
-                yield
-                return
-            with self._displacer().standing(strength.epsilon) as moved:
-                self._carried.diagnostics.count_pass(moved.step, is_measured=bool(moved.parameters))
-                yield
+    def _of_other_blocks(self) -> list[Tensor]:
+        """Parameters of models whose own second doors are about to open around or inside this one."""
+        others = [engine for engine in ENGINES if engine is not self and engine.watch.has_seen]
+        return [
+            p
+            for engine in others
+            for p in engine.anatomy.parameters
+            if self._block is not None or self.watch.is_in_pipeline
+        ]
+
+    def _check_stage(self, strength: Strength | None) -> bool:
+        """Whether the model is a stage of a pipeline; if so, that nothing needs the norm of the whole."""
+        if self.watch.is_in_pipeline and strength is not None:
+            test = self._carried.test
+            check_stage(self._method, None if test is None else test.rule)
+        return self.watch.is_in_pipeline
+
+    def _passes_test(self, second: SecondPass) -> bool:
+        """Whether the displaced passes are to run: they can change something, and the test, if any, asks for them."""
+        test = self._carried.test
+        return second.is_needed and (test is None or test.is_large(second.squared_norm, self._carried.step))
+
+    def _collect(self, second: SecondPass, weight: float) -> None:
+        if self._endings.now is None:
+            raise RuntimeError("the step was interrupted, and the loss or block went on after the exception.")
+        self._strangers.keep_met()
+        second.collect(weight)
+        self.displacement.close(to_base=self._ahead is not None and self.displacement.has_base)
+
+    def _wanted(self, door: Door) -> list[nn.Parameter] | None:
+        """The parameters whose gradients are to be made, where we run the backward pass ourselves; None for all."""
+        is_ours = door.is_plain and self._is_reentrant is False and self.ranks.is_alone
+        return self._parameters if is_ours and any(p.requires_grad for p in self._others) else None
+
+    def _check_forwards(self) -> None:
+        """As far as door 2 can be checked: the model, called once more with the same arguments, gives the same."""
+        self.watch.is_paused = True
+        for note in self.watch.notes:
+            if note.call is None or note.call[2] is None:
+                continue
+            note.moment.restore()
+            args, kwargs, output = note.call
+            state = State((self.anatomy.model, args, kwargs), self.anatomy)
+            with torch.enable_grad(), self._weights_kept() as has_written, self.ranks.quiet():
+                answer = self.anatomy.model(*args, **kwargs)
+            what = f"the output of {bare_class(self.anatomy.model)}, with the inputs of the first pass,"
+            check_same(output, answer, state, what, is_bitwise=not has_written())
+            note.call = args, kwargs, None
+        self.watch.is_paused = False
 
     @contextmanager
-    def second_pass_of_block(self, strength: Strength | None, step: int, grad_scale: float | Tensor) -> Iterator[None]:
-        """`.grad` from g1 to ĝ by the one pass that runs within; with γ = 0 it leaves no trace."""
-        second = None if strength is None else self._prepare(strength, grad_scale, self.recorder.num_forwards)
-        if second is None or not self._is_due(second, step):
-            everything, replay = self._selection.all, self.recorder.displaced_pass
-            with without_trace(self.anatomy, everything), dropping_gradients(everything), replay():
-                yield
-            if second is not None:
-                second.skip()
-        else:
-            with second.open(), second.displaced(0), self.recorder.displaced_pass():
-                yield
-
-    @contextmanager
-    def looking_ahead(self, step: int) -> Iterator[None]:
-        """With `at`, all passes of a step from θ + ρd on."""
-        at, directions = self._method.at, self._carried.ahead
-        radius = 0.0 if at is None else at.radius(step)
-        if directions is None or radius == 0:
-            yield
-            return
-        named, diagnostics = self._selection.named, self._carried.diagnostics
-        ahead = Displacer(self.anatomy, named, directions, self._displacement, diagnostics, is_base=True)
-        with ahead.standing(radius):
-            yield
-
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[Moment]:
-        """The moment before both passes; after an exception, buffers and random state are back there."""
-        before = Moment(self.anatomy)
+    def _weights_kept(self) -> Iterator[Callable[[], bool]]:
+        """A pass at θ that may write to the weights, as some forwards do; tells whether it did."""
+        parameters = [p for p in self._parameters if not vectors.is_sharded(p)]
+        zeros = [torch.zeros((), dtype=p.dtype, device=p.device).expand_as(p) for p in parameters]
+        has_base = self.displacement.has_base
+        with torch.no_grad():
+            self.displacement.open(self.anatomy.modules, parameters, 0.0, zeros)
+        written: list[bool] = []
         try:
-            yield before
-        except BaseException:
-            before.restore()
-            raise
-
-    @contextmanager
-    def _adding_to_gradients(self) -> Iterator[None]:
-        """What is in `.grad` is put aside, and ĝ added to it in the end; after an exception it is as it was."""
-        parameters = self._selection.all
-        before = take_gradients(parameters)
-        try:
-            yield
-            for i, (p, old) in enumerate(zip(parameters, before)):
-                if old is not None and p.grad is not None:
-                    with torch.no_grad():
-                        before[i] = old + p.grad if old.is_sparse or p.grad.is_sparse else old.add_(p.grad)
-                elif old is None:
-                    before[i] = p.grad
+            yield lambda: any(written)
         finally:
-            give_gradients(parameters, before)
+            written.append(not has_base and self.displacement.was_written())
+            self.displacement.close(to_base=has_base)
 
-    def _examine(self, loss: Tensor) -> None:
-        self._examination.of(loss, self._selection.all)
+    def _exact(self, step: Step, door: Calls, calls: Sequence[Call]) -> list[Tensor]:
+        """ĝ = g1 + γ H d by double backpropagation."""
+        assert step.strength is not None
+        assert step.before is not None
+        selected, ascent = self._parameters, self._method.ascent
+        scale: float | Tensor = 1.0
+        if len(calls) == 1 and door.is_plain:
+            loss = checked(calls[0]())
+            known = set(map(id, step.parameters))
+            strangers = [leaf for leaf in door.leaves_of(loss) if id(leaf) not in known]
+            first, product = double_backward.in_one_pass(loss, selected, [*self._others, *strangers], ascent)
+            losses = [loss.detach()]
+        else:
+            losses = door.run(calls)
+            scale, after = door.scale(), Moment(self.anatomy)
+            lay_out_gradients(selected)
+            kept = take(step.parameters)
+            first = kept[: len(selected)]
+            step.before.restore()
+            product = double_backward.of_window(calls, selected, first, ascent, door.factors, scale)
+            give(step.parameters, kept)
+            after.restore()
+        first = [None if g is None else vectors.laid_out(g, p) for g, p in zip(first, selected)]
+        product = [None if x is None else vectors.laid_out(x, p) for x, p in zip(product, selected)]
+        present = [g for g in first if g is not None]
+        norm = vectors.norm(present) if present else torch.zeros(())
+        with torch.no_grad():
+            penalty = [None if x is None else x * step.strength.gamma for x in product]
+            combined, measured = add_penalty(first, penalty, norm, None, self._method.cap, self._method.fall_back)
+        give(selected, combined)
+        diagnostics = self._carried.diagnostics
+        diagnostics.record(norm / scale, measured)
+        usable = vectors.has_direction(vectors.read(norm))
+        self._will_end(counts=diagnostics.counted(measured.is_finite & usable))
+        return losses
 
 
-def _scale_of(grad_scale: float | Tensor, factors: Sequence[Tensor], backward: Backward) -> float | Tensor:
-    """The loss scale: what the user says, or what `backward` was seen to multiply by."""
-    if factors and not isinstance(grad_scale, Tensor) and grad_scale == 1:
-        return (factors[0] * loss_division(backward)).clamp(min=1)
-    return grad_scale
+def _nothing(loss: Tensor) -> None:
+    del loss
+
+
+def _sum(made: Tensor | None, before: Tensor | None) -> Tensor | None:
+    """Of what was made, to which what was there is added already unless one of them is sparse."""
+    if made is None or before is None or made.layout is before.layout is torch.strided:
+        return made
+    return before + made

@@ -14,6 +14,7 @@ import torch
 
 from gradreg.training.hosts import check_closure_of_host
 from gradreg.training.regularizer import GradientRegularizer
+from gradreg.training.selection import bare_class
 
 _SCALER_MODULES = ("torch.amp.grad_scaler", "torch.cuda.amp.grad_scaler")
 _OF_SCALERS = (
@@ -68,6 +69,14 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             )
         self.base = base
         self.regularizer = regularizer
+        regularizer._engine.follow()
+        mine = {id(p) for group in base.param_groups for p in group["params"]}
+        if not any(id(p) in mine for p in regularizer.selection.parameters):
+            raise ValueError(
+                f"base holds none of the parameters that the regularizer penalizes ({regularizer.selection.summary} of "
+                f"{bare_class(regularizer.model)}): build both on the same model, and neither on a copy of it."
+            )
+        self._takes_closure = closure is not None
         self._steps_taken = regularizer.step  # the regularizer's step at our last one
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -100,7 +109,10 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         owned = [p for group in self.param_groups for p in group["params"]]
         loss = self.regularizer.run_closure(closure, owned)
         self._steps_taken = self.regularizer.step
-        self.base.step()
+        if self._takes_closure:
+            self.base.step(closure=_Answer(loss, owned))  # Polyak's step and its kin ask for the loss
+        else:
+            self.base.step()
         return loss
 
     def _check_regularized(self) -> None:
@@ -181,13 +193,33 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         self._steps_taken = self.regularizer.step
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"base": self.base, "regularizer": self.regularizer, "_steps_taken": self._steps_taken}
+        names = ("base", "regularizer", "_steps_taken", "_takes_closure")
+        return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
     def __repr__(self) -> str:
         return f"RegularizedOptimizer(\n{self.base!r},\n{self.regularizer!r})"
+
+
+class _Answer:
+    """The closure that the base is handed: the loss whose gradient it finds in `.grad`, once and at these weights."""
+
+    def __init__(self, loss: Any, parameters: list[Any]) -> None:
+        self._loss = loss
+        self._parameters = parameters
+        self._versions = [p._version for p in parameters]
+        self._was_asked = False
+
+    def __call__(self) -> Any:
+        if self._was_asked or self._versions != [p._version for p in self._parameters]:
+            raise ValueError(
+                "base must take one gradient a step, at the weights that it finds, and it asks its closure again or "
+                "after it has moved: use a first-order optimizer (SGD, AdamW, ...)."
+            )
+        self._was_asked = True
+        return self._loss
 
 
 def _called_by_scaler(depth: int = 2) -> bool:

@@ -13,10 +13,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradreg import _vectors as vectors
+from gradreg.training.comm_hooks import check_hook
+from gradreg.training.shards import keeps_gradients
 
 SYNCS = ("global", "local")
 
@@ -28,7 +30,8 @@ class Ranks:
         ValueError: a local ascent where gradients cannot be kept from being averaged.
     """
 
-    def __init__(self, model: nn.Module, ascent_sync: str) -> None:
+    def __init__(self, model: nn.Module, ascent_sync: str, is_one_pass: bool = False) -> None:
+        self._model = model
         self._replicas = model if isinstance(model, DistributedDataParallel) else None
         self._meshes = {p.device_mesh for p in model.parameters() if vectors.is_sharded(p)}  # type: ignore[attr-defined]
         self.is_local = ascent_sync == "local" and _world_size() > 1
@@ -37,7 +40,8 @@ class Ranks:
                 'ascent_sync="local" needs the DistributedDataParallel wrapper itself, whose no_sync() keeps the first '
                 f'pass local, got {type(model).__name__}: wrap the model first, or use ascent_sync="global".'
             )
-        self._have_agreed = False
+        self._communicates_twice = not (self.is_local or is_one_pass)
+        self._have_agreed = self._has_warned = False
 
     @property
     def is_replicated(self) -> bool:
@@ -51,26 +55,51 @@ class Ranks:
 
     def first_pass(self) -> AbstractContextManager[None]:
         """Around forward and backward of the first pass, which a local ascent keeps from communicating."""
-        return self._quiet() if self.is_local else nullcontext()
+        return self.quiet() if self.is_local else nullcontext()
 
     def micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of one micro-batch of a window: ranks communicate in the last."""
-        return nullcontext() if is_last else self._quiet()
+        return nullcontext() if is_last else self.quiet()
 
-    def _quiet(self) -> AbstractContextManager[None]:
+    def check_sync(self) -> None:
+        """
+        Raises:
+            ValueError: gradients are kept from being averaged, and those that are put aside would never be.
+        """
+        held = self._replicas is not None and not self._replicas.require_backward_grad_sync
+        if held or keeps_gradients(self._model.modules()):
+            raise ValueError(
+                "backward() runs two passes whose gradients must be averaged over the ranks, and the model is within "
+                "no_sync() or set_requires_gradient_sync(False): leave it out and hand over the micro-batches of the "
+                "window, backward(loss_fn, batches), which DistributedDataParallel averages once a pass."
+            )
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """Around passes whose gradients nobody uses."""
         return nullcontext() if self._replicas is None else _no_sync(self._replicas)
 
     def agree(self, configuration: Callable[[], Mapping[str, str]]) -> None:
         """Compare the configuration with the other ranks', once.
 
         Raises:
-            ValueError: on every rank, naming the first field that differs and its values.
+            ValueError: on every rank, naming the first field that differs and its values, or a communication hook that
+                does not average.
         """
+        if self._replicas is not None and not self._has_warned:
+            self._has_warned = check_hook(self._replicas, self._communicates_twice)
         if self._have_agreed:
             return
         for group in self._groups():
             compare(configuration(), group)
         self._have_agreed = True
+
+    def mean(self, measurement: Tensor) -> Tensor:
+        """Of a number that each rank has measured on its own; nothing is read. Shards measure together."""
+        if self._replicas is None or _world_size() == 1:
+            return measurement
+        everyone = measurement.clone()
+        dist.all_reduce(everyone, group=self._replicas.process_group)
+        return everyone / dist.get_world_size(self._replicas.process_group)
 
     def _groups(self) -> list[Any]:
         if self._replicas is not None:

@@ -8,9 +8,8 @@ once, in second_pass.py.
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -18,13 +17,15 @@ from torch import Tensor, nn
 
 from gradreg.functional.schemes import Scheme, resolve_scheme
 from gradreg.training.batch import Fraction, Split
+from gradreg.training.block import Block
 from gradreg.training.calls import Backward, check_loss_fn
 from gradreg.training.carried import Carried
-from gradreg.training.combination import keeping_views
+from gradreg.training.defaults import default_epsilon, default_gamma
 from gradreg.training.diagnostics import Realized
 from gradreg.training.directions import Ahead, Choice, Momentum, resolve
 from gradreg.training.double_backward import check_supported
 from gradreg.training.engine import Engine
+from gradreg.training.plan import Method
 from gradreg.training.ranks import SYNCS
 from gradreg.training.schedule import (
     LargeGradients,
@@ -32,10 +33,9 @@ from gradreg.training.schedule import (
     Strength,
     check,
     name_of,
-    strength_at,
 )
-from gradreg.training.second_pass import Method
-from gradreg.training.selection import Rules, Selection, bare_class
+from gradreg.training.selection import Rules, Selection
+from gradreg.training.shards import refuse_flattened, reshard
 from gradreg.training.together import check_step, check_together
 
 Call = Callable[[], Tensor]
@@ -52,8 +52,10 @@ class GradientRegularizer:
 
     Args:
         model: the model, wrapped or not. It must own every trainable tensor of the loss.
-        gamma: strength γ ≥ 0, a number or a function of the step (see `gradreg.warmup`, `late`, `every`).
-        epsilon: step length ε > 0 along the ascent, a number or a function of the step. γ = ε makes ĝ = g2.
+        gamma: strength γ ≥ 0, a number, a function of the step (see `gradreg.warmup`, `late`, `every`), or a
+            `TargetRatio`, which finds γ; None is `TargetRatio()`.
+        epsilon: step length ε > 0 along the ascent, a number or a function of the step. γ = ε makes ĝ = g2. None is
+            a length that suits the ascent.
         scheme: `forward` (F-GR), `backward` (B-GR), `central` (one pass more), `exact` (double backpropagation).
         ascent: `gradient` (d = g1), `normalized` (d = g1/‖g1‖), `adaptive` (ASAM), or an `Ascent`; or a direction that
             is known before the first pass, `Momentum(optimizer)` or `Previous()`, which makes a step one pass.
@@ -70,6 +72,8 @@ class GradientRegularizer:
         ascent_sync: under DistributedDataParallel, the direction of the ascent: `"global"`, the gradient of the whole
             batch, as one process would take it, or `"local"`, each rank's own, which averages gradients once a step
             instead of twice. Norms and diagnostics are then each rank's own.
+        replay_check: in the first step with γ > 0 the loss is asked twice at θ, one forward pass more, and must give
+            the same: what is not replayed (state outside registered buffers, a batch drawn in the loss) is found so.
 
     Raises:
         ValueError: γ < 0, ε ≤ 0, either not finite, an unknown scheme, ascent or policy, a rule that matches
@@ -94,8 +98,8 @@ class GradientRegularizer:
     def __init__(
         self,
         model: nn.Module,
-        gamma: Schedule,
-        epsilon: Schedule,
+        gamma: Schedule | None = None,
+        epsilon: Schedule | None = None,
         *,
         scheme: str | Scheme = "forward",
         ascent: Choice = "gradient",
@@ -107,9 +111,13 @@ class GradientRegularizer:
         cap: float | None = None,
         nonfinite: str = "keep",
         ascent_sync: str = "global",
+        replay_check: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+            hint = " pass the model itself, not its parameters()." if isinstance(model, Iterable) else ""
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{':' + hint if hint else '.'}")
+        gamma = default_gamma() if gamma is None else gamma
+        epsilon = default_epsilon(ascent) if epsilon is None else epsilon
         check("gamma", gamma)
         check("epsilon", epsilon)
         if cap is not None and not (isinstance(cap, (int, float)) and math.isfinite(cap) and cap > 0):
@@ -118,33 +126,46 @@ class GradientRegularizer:
             raise ValueError(f'nonfinite must be "keep" or "first", got {nonfinite!r}.')
         if ascent_sync not in SYNCS:
             raise ValueError(f'ascent_sync must be "global" or "local", got {ascent_sync!r}.')
+        if not isinstance(replay_check, bool):
+            raise TypeError(f"replay_check must be True or False, got {replay_check!r}.")
         self.gamma = gamma
         self.epsilon = epsilon
         self._method = Method(resolve_scheme(scheme), resolve(ascent), cap, nonfinite == "first", batch, at)
         self._ascent_sync = ascent_sync
+        self._replay_check = replay_check
         check_together(self._method, gamma, epsilon, when, ascent_sync)
         if self._method.scheme.is_exact:
             check_supported(model)
         self.model = model
+        refuse_flattened(model.modules())
+        reshard(model.modules())
         self.selection = Selection(model, include, exclude)
         for known in (self._method.ascent, at.direction if at is not None else None):
             if isinstance(known, Momentum):
                 known.check(self.selection.named)
-        self.step = 0  # closed second passes, and what would have been one
-        self._carried = Carried(self._method, when)
+        self._carried = Carried(self._method, when, gamma)
         self._set_up()
 
     def _set_up(self) -> None:
-        self._engine = Engine(self.model, self.selection, self._method, self._ascent_sync, self._carried)
-        self._is_open = False
-        weakref.finalize(self, self._engine.recorder.handle.remove)
+        self._engine = Engine(
+            self.model, self.selection, self._method, self._ascent_sync, self._carried, self._replay_check
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_engine", "_is_open")}
+        return {name: value for name, value in self.__dict__.items() if name != "_engine"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._set_up()
+
+    @property
+    def step(self) -> int:
+        """Closed second passes, and what would have been one: the argument of schedules."""
+        return self._carried.step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._carried.step = value
 
     def __repr__(self) -> str:
         method, test = self._method, self._carried.test
@@ -153,8 +174,12 @@ class GradientRegularizer:
         more += "" if test is None else f", when={test.rule}"
         return (
             f"GradientRegularizer(gamma={self.gamma}, epsilon={self.epsilon}, scheme={method.scheme.name!r}, "
-            f"ascent={method.ascent}{more}, step={self.step})\n{self.selection}"
+            f"ascent={method.ascent}{more}, step={self.step})\n{self.selection.summary}"
         )
+
+    def check_replay(self) -> None:
+        """Ask the loss twice again in the next step with γ > 0, as in the first one (see `replay_check`)."""
+        self._engine.is_check_due = self._engine.watch.keeps_calls = True
 
     # The first door.
 
@@ -197,20 +222,22 @@ class GradientRegularizer:
             )
         if batches is not None and not batches:
             raise ValueError("batches must hold at least one micro-batch, got none.")
-        with self._door(), self._engine.looking_ahead(self.step):
-            losses = self._engine.step_of_calls(loss_fn, batches, self._strength(), self.step, backward, grad_scale)
+        engine = self._enter()
+        try:
+            losses = engine.step_of_calls(loss_fn, batches, self._strength(), backward, grad_scale)
+        finally:
+            self._leave(engine)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _strength(self) -> Strength | None:
-        strength = strength_at(self.gamma, self.epsilon, self.step)
+        strength = self._carried.strength_at(self.gamma, self.epsilon, self.step)
         if strength is not None:
             check_step(self._method, strength, self.step)
         return strength
 
     # The second door.
 
-    @contextmanager
-    def perturbed(self, *, grad_scale: float | Tensor = 1.0) -> Iterator[None]:
+    def perturbed(self, *, grad_scale: float | Tensor = 1.0) -> AbstractContextManager[None]:
         r"""A context for the second pass of a loop that someone else owns: `.grad` goes in as g1 and comes out as ĝ.
 
             criterion(model(x), y).backward()
@@ -244,25 +271,7 @@ class GradientRegularizer:
                 f"perturbed() opens when the first pass is over, and at={self._method.at} moves that one too: use "
                 "backward(loss_fn) or step(closure)."
             )
-        with self._door():
-            strength = self._strength()
-            if self._method.is_one_pass:
-                self._refuse_gradients()
-                with self._engine.one_pass(strength):
-                    yield
-                return
-            if all(p.grad is None for p in self.selection.parameters):
-                raise ValueError(
-                    "perturbed() starts from the gradient of the first pass, and no selected parameter has one: run "
-                    "loss.backward() before, and zero_grad() before that, not in between."
-                )
-            if self._engine.recorder.num_forwards == 0:
-                raise ValueError(
-                    f"perturbed() saw no forward of the model ({bare_class(self.model)}) in the first pass, so it "
-                    "cannot replay its random numbers: call the model itself, not its parts, or use backward(loss_fn)."
-                )
-            with self._engine.second_pass_of_block(strength, self.step, grad_scale):
-                yield
+        return Block(self, grad_scale)
 
     # The third door.
 
@@ -278,24 +287,16 @@ class GradientRegularizer:
                 'backward(loss_fn) with scheme="exact", or a closure with "forward", "backward" or "central".'
             )
         self._refuse_division("step(closure)")
-        known = set(self.selection.all)
-        owned = self.selection.all if owned is None else owned
-        others = [p for p in owned if p not in known]
-        with self._door(others), self._engine.looking_ahead(self.step):
-            strength = self._strength()
-            if strength is None or self._method.is_one_pass:
-                with self._engine.one_pass(strength), torch.enable_grad():
-                    return closure()
-            return self._engine.step_of_closure(closure, owned, others, strength, self.step)
+        engine = self._enter()
+        try:
+            known = set(map(id, self.selection.all))
+            owned = self.selection.all if owned is None else owned
+            others = [p for p in owned if id(p) not in known]
+            return engine.step_of_closure(closure, owned, others, self._strength())
+        finally:
+            self._leave(engine)
 
     # What the doors share.
-
-    def _refuse_gradients(self) -> None:
-        if any(p.grad is not None for p in self.selection.parameters):
-            raise ValueError(
-                f"perturbed() with ascent={self._method.ascent} is the one pass of a step, and .grad holds a gradient "
-                "already: run no pass before, call zero_grad(set_to_none=True), and put a whole window into the block."
-            )
 
     def _refuse_division(self, door: str) -> None:
         if self._method.batch is not None:
@@ -304,23 +305,22 @@ class GradientRegularizer:
                 "backward(loss_fn, batches=[batch]), or a schedule such as every(gamma, 10)."
             )
 
-    @contextmanager
-    def _door(self, others: Sequence[Tensor] = ()) -> Iterator[None]:
-        """One step: refuses to be entered twice; counts when it closes well. `others`: parameters outside the model."""
-        if self._is_open:
+    def _enter(self) -> Engine:
+        """A step begins: refuses to be entered twice. `_leave` is due from here on."""
+        engine = self._engine
+        if engine.is_open:
             raise RuntimeError("a second pass of this regularizer is open: doors do not nest.")
-        if self._engine.anatomy.follow():
-            self.selection.read(self.model)
-        self._is_open = True
+        reshard(engine.anatomy.modules)
+        engine.follow()
+        engine.ranks.agree(self._configuration)
+        return engine
+
+    def _leave(self, engine: Engine) -> None:
+        """Put back what is due; twice, since an interrupt may strike in the first."""
         try:
-            self._engine.ranks.agree(self._configuration)
-            with keeping_views([*self.selection.all, *others]):
-                yield
-                self._carried.remember(self.selection.named)
-            self.step += 1
+            engine.end()
         finally:
-            self._engine.recorder.forget()
-            self._is_open = False
+            engine.end()
 
     def _configuration(self) -> dict[str, str]:
         """What ranks must agree on, as text."""
@@ -352,11 +352,27 @@ class GradientRegularizer:
           step for weights below float32, else in the first step and in the step after each reading.
         - `active_steps`, `skipped_steps`: steps with γ > 0 whose gradients were all finite and not zero, and the
         others.
+        - `gamma`: γ of that step; with a `TargetRatio` only.
         """
-        return self._carried.diagnostics.read()
+        return self._carried.read()
+
+    def measurements(self) -> dict[str, float]:
+        """The same as plain numbers, in one call for a log; `realized` is cosine times norm. Waits for an accelerator.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> regularizer = GradientRegularizer(model, gamma=0.1, epsilon=0.1)
+            >>> loss = regularizer.backward(lambda: model(torch.ones(4, 2)).square().mean())
+            >>> sorted(regularizer.measurements())
+            ['active_steps', 'cosine', 'grad_norm', 'penalty_ratio', 'realized', 'skipped_steps']
+        """
+        found: dict[str, Any] = self.diagnostics()
+        found["realized"] = found["realized"].cosine * found["realized"].norm
+        return {name: float(value) for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, the counters and what a mode carries from step to step; γ and ε are configuration, not saved."""
+        """The step, the counters and what a mode carries from step to step, such as what a `TargetRatio` has measured;
+        γ and ε are configuration, not saved."""
         return {"step": self.step, **self._carried.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

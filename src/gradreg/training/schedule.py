@@ -19,7 +19,8 @@ def value_at(schedule: Schedule, step: int) -> float:
     return float(schedule(step) if callable(schedule) else schedule)
 
 
-def _check_count(name: str, value: int, least: int) -> None:
+def check_count(name: str, value: int, least: int) -> None:
+    """Refuse what is not a whole number from `least` on."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}.")
 
@@ -41,7 +42,7 @@ class warmup:
     num_steps: int
 
     def __post_init__(self) -> None:
-        _check_count("num_steps", self.num_steps, 1)
+        check_count("num_steps", self.num_steps, 1)
 
     def __call__(self, step: int) -> float:
         return value_at(self.value, step) * min(1.0, step / self.num_steps)
@@ -69,9 +70,9 @@ class late:
     stop: int | None = None
 
     def __post_init__(self) -> None:
-        _check_count("start", self.start, 0)
+        check_count("start", self.start, 0)
         if self.stop is not None:
-            _check_count("stop", self.stop, self.start + 1)
+            check_count("stop", self.stop, self.start + 1)
 
     def __call__(self, step: int) -> float:
         inside = step >= self.start and (self.stop is None or step < self.stop)
@@ -99,7 +100,7 @@ class every:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_count("period", self.period, 1)
+        check_count("period", self.period, 1)
         check_number("scale", self.scale, 0, math.inf)
 
     def __call__(self, step: int) -> float:
@@ -128,7 +129,7 @@ class bernoulli:
 
     def __post_init__(self) -> None:
         check_number("probability", self.probability, 0, 1)
-        _check_count("seed", self.seed, 0)
+        check_count("seed", self.seed, 0)
 
     def __call__(self, step: int) -> float:
         draw = random.Random((self.seed << 64) + step).random()  # does not touch the global generator

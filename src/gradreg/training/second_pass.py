@@ -1,100 +1,36 @@
-"""What happens between g1 and ĝ: gradients taken aside, weights displaced, the passes run, everything put back.
+"""From g1 to ĝ: gradients taken aside, weights displaced, gradients taken again, all of them combined.
 
-All three doors go through here. Whatever a displaced pass does, on leaving the weights, the buffers and the random
-state are those that the first pass left, and gradients outside the selection are what the first pass made them.
-After an exception all gradients are cleared: a half-made sum must not be mistaken for a gradient.
+The doors run the passes in between. What happens to weights, gradients, buffers and random state when something goes
+wrong is written down in ending.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from gradreg import _vectors as vectors
-from gradreg.functional.ascents import Ascent, Scale
-from gradreg.functional.schemes import Scheme
+from gradreg.functional.ascents import Scale
 from gradreg.training.anatomy import Anatomy
-from gradreg.training.batch import Fraction, Split
-from gradreg.training.combination import Combination, Gradients, Measured, give_gradients, take_gradients
+from gradreg.training.combination import Arrival, Gradients, combine, give, take
 from gradreg.training.diagnostics import Diagnostics
-from gradreg.training.directions import Ahead, Directions, Momentum, Previous
-from gradreg.training.displacement import Displacement
-from gradreg.training.replay import Moment
+from gradreg.training.directions import Directions
+from gradreg.training.displacement import LARGE, Displacement
+from gradreg.training.ending import Endings
+from gradreg.training.plan import Method
+from gradreg.training.ranks import Ranks
 from gradreg.training.schedule import Strength
+from gradreg.training.selection import Selection
 
 
-@dataclass(frozen=True)
-class Method:
-    """What stays the same over the steps of a regularizer."""
-
-    scheme: Scheme
-    ascent: Ascent | Momentum | Previous
-    cap: float | None  # the largest ‖ĝ − g1‖/‖g1‖
-    fall_back: bool  # to g1, where the second gradient is not finite
-    batch: Fraction | Split | None = None  # that the displaced pass sees
-    at: Ahead | None = None  # where all gradients are taken, if not at θ
-
-    @property
-    def is_one_pass(self) -> bool:
-        """Whether ĝ = ∇L(θ + εd) with a d that needs no pass: γ = ε is all that makes sense then."""
-        return self.batch is None and isinstance(self.ascent, (Momentum, Previous))
-
-    @property
-    def needs_whole(self) -> bool:
-        """Whether one number for all parameters decides ĝ, so that it waits for the last of them."""
-        return self.cap is not None or self.fall_back
-
-
-@contextmanager
-def without_trace(anatomy: Anatomy, parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Passes that leave no trace: the gradients of `parameters`, buffers and random state come back as they were."""
-    after = Moment(anatomy)
-    kept = take_gradients(parameters)
-    try:
-        yield
-    except BaseException:
-        kept = [None] * len(kept)
-        raise
-    finally:
-        after.restore()
-        for p in parameters:
-            p.grad = None
-        give_gradients(parameters, kept)
-
-
-@contextmanager
-def dropping_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Gradients of these parameters are given back as soon as they are made, so that they take no memory."""
-
-    def drop(p: Tensor) -> None:
-        p.grad = None
-
-    handles = [p.register_post_accumulate_grad_hook(drop) for p in parameters if p.is_leaf and p.requires_grad]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class Moved(NamedTuple):
-    """The parameters that were displaced, and by which factor of their direction: 0 where that cannot be used."""
-
-    parameters: list[nn.Parameter]
-    step: Tensor
-
-
-class Displacer:
-    """Sets the weights to θ + radius · d, and back.
+class Mover:
+    """Sets the weights to where they stand + radius · d.
 
     Args:
         anatomy: of the model.
-        named: the selected parameters by name.
+        selection: the parameters that may move.
         directions: finds d.
         displacement: owns the extra copy of the weights.
         diagnostics: receives what was realized.
@@ -104,103 +40,101 @@ class Displacer:
     def __init__(
         self,
         anatomy: Anatomy,
-        named: Mapping[str, nn.Parameter],
+        selection: Selection,
         directions: Directions,
         displacement: Displacement,
         diagnostics: Diagnostics,
         is_base: bool = False,
     ) -> None:
-        self.anatomy = anatomy
-        self.named = named
-        self.directions = directions
-        self.displacement = displacement
-        self.diagnostics = diagnostics
+        self._anatomy = anatomy
+        self._selection = selection
+        self._directions = directions
+        self._displacement = displacement
+        self._diagnostics = diagnostics
         self._is_base = is_base
 
-    @contextmanager
-    def standing(
-        self,
-        radius: float,
-        gradients: Sequence[Tensor | None] = (),
-        grad_scale: Scale = 1.0,
-        norm: Tensor | None = None,
-    ) -> Iterator[Moved]:
-        """Within, the weights stand at θ + radius · d."""
-        level = self.displacement.level
-        try:
-            moved = self._displace(radius, gradients, grad_scale, norm)
-            del gradients  # or they could not be given back while the passes run
-            yield moved
-        finally:
-            if self.displacement.level > level:
-                self.displacement.close()
+    def move(
+        self, radius: float, gradients: Gradients = (), scale: Scale = 1.0, norm: vectors.Scalar | None = None
+    ) -> vectors.Scalar | None:
+        """The factor that d was taken by, 0 where it cannot be used; None where there is nothing to move.
 
-    def _displace(
-        self, radius: float, gradients: Sequence[Tensor | None], grad_scale: Scale, norm: Tensor | None
-    ) -> Moved:
-        """`norm` is that of `gradients`, where d is made of them: one that is 0 or not finite moves nothing."""
+        `norm` is that of `gradients`, where d is made of them: one that is 0 or not finite moves nothing.
+        """
         with torch.no_grad():
-            moving, direction, scale = self.directions.find(self.named, gradients, grad_scale, norm)
+            moving, direction, length = self._directions.find(self._selection.named, gradients, scale, norm)
             if not moving:
-                return Moved([], torch.zeros(()))
-            if norm is None:
-                step = radius * scale if isinstance(scale, Tensor) else torch.full((), radius * scale)
-            else:
-                step = torch.where(vectors.has_direction(norm), torch.full_like(norm, radius) * scale, 0.0)
-            self.displacement.open(self.anatomy.modules, moving, step, direction, self._is_base)
+                return None
+            step = radius * length
+            if isinstance(norm, Tensor):
+                usable = (norm > 0) & (norm < torch.inf)
+                step = torch.where(usable, torch.as_tensor(step, dtype=norm.dtype, device=norm.device), 0.0)
+            elif norm is not None and not vectors.has_direction(norm):
+                step = 0.0
+            self._displacement.open(self._anatomy.modules, moving, step, direction, self._is_base)
             low_precision = vectors.is_low_precision(moving)
-            if not self._is_base and (low_precision or self.diagnostics.is_wanted):
-                self.diagnostics.record_realized(self.displacement.applied(), step, direction, low_precision)
-        return Moved(moving, step)
+            # Of shards in every step: whether one rank has read must not decide what all ranks add up together.
+            wanted = self._diagnostics.is_wanted or vectors.any_sharded(moving)
+            if not self._is_base and (low_precision or wanted):
+                self._diagnostics.record_realized(self._displacement.applied(), step, direction, low_precision)
+            return step
 
 
 class SecondPass:
-    """One step's way from g1, which stands in `.grad`, to ĝ.
+    """One step's way from g1, which stands in `.grad` when this is made, to ĝ, which `finish` leaves there.
 
-        with second.open():
-            for k in range(second.num_passes):
-                with second.displaced(k):
-                    ...  # forward and backward, from the random state and the buffers of the first pass
+    Between the two, for each displaced pass: `displace`, forward and backward, `collect`.
 
     Args:
-        displacer: moves the selected parameters.
-        others: further parameters, whose gradient the displaced passes must not touch.
+        mover: displaces the weights.
+        parameters: the selected ones.
+        others: all whose gradient the displaced passes must not touch.
         method: scheme, ascent, cap and policy.
         strength: γ and ε of this step.
-        grad_scale: `.grad` holds `grad_scale` · ∇L.
-        deferred: combine when the pass has ended, since it holds several backward passes.
-        is_local: g1 is this rank's own, and only ĝ is averaged over ranks.
-        is_replicated: ranks average g2 after it arrived.
+        scale: `.grad` holds scale · ∇L.
+        ranks: of this model.
+        diagnostics: receives measurements and counts.
+        copies_views: a gradient that is a view into something larger is copied.
+        is_stage: g1 is that of a part of the model, and other processes run the pass whatever this one finds.
+        num_strangers: how many of the others, at the end, may have nothing to do with this step.
     """
 
     def __init__(
         self,
-        displacer: Displacer,
+        mover: Mover,
+        parameters: Sequence[nn.Parameter],
         others: Sequence[Tensor],
         method: Method,
         strength: Strength,
-        *,
-        grad_scale: float | Tensor,
-        deferred: bool,
-        is_local: bool,
-        is_replicated: bool,
+        scale: Scale,
+        ranks: Ranks,
+        diagnostics: Diagnostics,
+        copies_views: bool,
+        num_strangers: int = 0,
+        is_stage: bool = False,
     ) -> None:
-        self._displacer = displacer
-        self._anatomy, self._diagnostics = displacer.anatomy, displacer.diagnostics
-        self._parameters = parameters = list(displacer.named.values())
+        self._mover = mover
+        self._parameters = parameters
         self._others = others
         self._method = method
         self._strength = strength
-        self._grad_scale = grad_scale
-        self._deferred = deferred
-        self._is_local = is_local
-        arrives_in_parts = is_replicated and not (is_local or deferred or method.needs_whole)
-        self._measures_late = self._diagnostics.is_wanted and arrives_in_parts
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        self._norm = vectors.norm(gradients) if gradients else torch.zeros(())
-        self._usable = vectors.has_direction(self._norm)
-        self._first: list[Tensor | None] = []
-        self._earlier: list[tuple[Gradients, float]] = []
+        self._scale = scale
+        self._ranks = ranks
+        self._diagnostics = diagnostics
+        self._is_stage = is_stage
+        self._wanted = diagnostics.is_wanted or vectors.any_sharded(parameters)  # not by what one rank has read
+        self._copies_views = copies_views or ranks.is_replicated
+        self._first = take(parameters, self._copies_views)
+        strangers = others[len(others) - num_strangers :]
+        kept = take(others[: len(others) - num_strangers], self._copies_views)
+        self._kept = [*kept, *(t.grad for t in strangers)]  # the very tensors: they belong to somebody else
+        give(strangers, [None] * num_strangers)
+        present = [g for g in self._first if g is not None]
+        self._had = [g is not None for g in self._first]
+        self._norm = vectors.norm(present) if present else torch.zeros(())
+        self._length = vectors.read(self._norm)
+        self._usable = vectors.has_direction(self._length)
+        self._passes: list[tuple[Gradients, float]] = []
+        self._arrival: Arrival | None = None
 
     @property
     def is_needed(self) -> bool:
@@ -208,73 +142,102 @@ class SecondPass:
 
         An accelerator is not asked, and ranks with gradients of their own must not part: there the passes run, masked.
         """
-        return self._is_local or not vectors.is_readable(self._usable) or bool(self._usable)
+        if not any(self._had):
+            return False
+        return self._ranks.is_local or self._is_stage or isinstance(self._usable, Tensor) or self._usable
 
     @property
-    def num_passes(self) -> int:
-        return len(self._method.scheme.stencil)
+    def taken(self) -> list[Tensor | None]:
+        """The gradients of the first pass, of all parameters."""
+        return [*self._first, *self._kept]
+
+    def untouched(self, old: Gradients) -> list[Tensor | None]:
+        """Of gradients that were there before the first pass, those that it has not written to."""
+        written = {id(g) for g in (*self._first, *self._kept) if g is not None}
+        return [None if id(g) in written else g for g in old]
 
     @property
     def squared_norm(self) -> float:
         """‖g1‖² without the loss scale; reading it waits for an accelerator."""
-        return float((self._norm / self._grad_scale).square())
+        return float((self._norm / self._scale).square())
 
-    def skip(self) -> None:
-        """Leave g1: a gradient that is zero or not finite has no direction, and a schedule may not want the pass."""
-        self._diagnostics.count(torch.zeros_like(self._usable))
-        self._diagnostics.record(self._norm / self._grad_scale, None)
+    def displace(self, node: float) -> None:
+        self._mover.move(node * self._strength.epsilon, self._first, self._scale, self._length)
 
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        with without_trace(self._anatomy, self._others), dropping_gradients(self._others):
-            self._first = take_gradients(self._parameters)
-            try:
-                yield
-            except BaseException:
-                take_gradients(self._parameters)
-                raise
-            finally:
-                self._first, self._earlier = [], []
+    def prepare(self, weight: float, endings: Endings) -> None:
+        """Before a displaced pass. Where ranks average ĝ and not g2, gradients meet before they are averaged."""
+        is_alone = len(self._method.scheme.stencil) == 1 and not self._method.needs_whole
+        if self._ranks.is_local:
+            self._arrival = Arrival(self._parameters, self._first, weight, all_sizes=True)
+            endings.hooks.append(self._arrival)
+        elif weight == 1 and is_alone and not self._wanted:
+            for i in range(len(self._first)):
+                self._first[i] = None  # ĝ is g2: g1 makes room for it
 
-    @contextmanager
-    def displaced(self, k: int) -> Iterator[None]:
-        """The weights stand at θ + s_k ε d; at the end of the last pass `.grad` holds ĝ."""
-        stencil = self._method.scheme.stencil
-        node, weight = stencil[k]
-        is_last = k == len(stencil) - 1
-        wanted = self._diagnostics.is_wanted and not self._measures_late
-        share, cap = self._strength.share, self._method.cap
-        measured = Measured(self._norm, self._strength.ratio * weight, wanted, share)
-        kept = [None if g is None else g.clone() for g in self._first] if is_last and self._measures_late else []
-        with ExitStack() as stack:
-            radius = node * self._strength.epsilon
-            stack.enter_context(self._displacer.standing(radius, self._first, self._grad_scale, self._norm))
-            if is_last:
-                combination = Combination(
-                    self._parameters,
+    def combine_large_on_arrival(self, weight: float, endings: Endings, loss: Tensor) -> None:
+        """In a large model, before a backward pass of our own: g1 makes room for ĝ, parameter by parameter."""
+        del loss
+        is_late = self._method.needs_whole or (self._ranks.is_replicated and self._diagnostics.is_wanted)
+        untouched = all(p.grad is None for p in self._parameters)  # no backward pass ran within the loss
+        if self._arrival is None and not is_late and untouched and len(self._method.scheme.stencil) == 1:
+            self._arrival = Arrival(self._parameters, self._first, weight, all_sizes=False)
+            endings.hooks.append(self._arrival)
+            endings.hooks.append(_Dropping([p for p in self._others if p.numel() >= LARGE]))
+
+    def collect(self, weight: float) -> None:
+        """Take the gradients of a displaced pass."""
+        if self._arrival is not None:
+            self._arrival.remove()
+        self._passes.append((take(self._parameters, self._copies_views), weight))
+        take(self._others)
+
+    def leave_first(self) -> tuple[Tensor | int, Tensor | int]:
+        """Leave g1 in `.grad`, as if there had been no step; the counters as they were."""
+        give(self._parameters, self._first)
+        give(self._others, self._kept)
+        return self._diagnostics.counts
+
+    def finish(self) -> tuple[Tensor | int, Tensor | int]:
+        """Leave ĝ in `.grad`, g1 where no displaced pass ran; the counters after this step."""
+        share, combined, measured = self._strength.share, self._first, None
+        was_active: bool | Tensor = False
+        if self._passes:
+            cap = self._method.cap
+            with torch.no_grad():
+                combined, measured = combine(
                     self._first,
-                    self._earlier,
-                    measured,
-                    deferred=self._deferred,
-                    is_local=self._is_local,
+                    self._passes,
+                    self._norm,
+                    wanted=self._wanted,
                     cap=None if cap is None else cap / share,
                     fall_back=self._method.fall_back,
+                    arrived=self._arrival,
                 )
-                self._first = []  # from here on each g1 is given back as its ĝ is made
-                stack.enter_context(combination)
-            yield
-        if is_last:
-            measured.add_late(kept, [p.grad for p in self._parameters])
-            self._conclude(measured)
-        else:
-            self._earlier.append((take_gradients(self._parameters), weight / stencil[-1][1]))
+                for i, p in enumerate(self._parameters):
+                    if combined[i] is None and self._had[i]:  # took part in the first pass only: g2 = 0
+                        combined[i] = torch.zeros_like(p)
+                if isinstance(self._length, Tensor) or self._is_stage:
+                    # ĝ = g2 would hide that g1 was not finite; times 1 is bitwise neutral.
+                    visible = torch.where(self._norm.isfinite(), 1.0, torch.nan)
+                    for group in vectors.by_kind([g for g in combined if g is not None]):
+                        torch._foreach_mul_(group, visible.to(group[0].device, group[0].dtype))  # type: ignore[attr-defined]
+            was_active = measured.is_finite & self._usable
+        give(self._parameters, combined)
+        give(self._others, self._kept)
+        self._diagnostics.record(self._norm / self._scale, measured, share)
+        return self._diagnostics.counted(was_active)
 
-    def _conclude(self, measured: Measured) -> None:
-        if not vectors.is_readable(self._usable):
-            # ĝ = g2 would hide that g1 was not finite; times 1 is bitwise neutral.
-            visible = torch.where(self._norm.isfinite(), 1.0, torch.nan)
-            for p in self._parameters:
-                if p.grad is not None:
-                    p.grad.mul_(visible.to(p.grad.device, p.grad.dtype))
-        self._diagnostics.record(self._norm / self._grad_scale, measured)
-        self._diagnostics.count(self._usable & measured.is_finite())
+
+class _Dropping:
+    """Gradients of these parameters are given back as soon as they are made, so that they take no memory."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        leaves = [p for p in parameters if p.is_leaf and p.requires_grad]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._drop) for p in leaves]
+
+    def _drop(self, p: Tensor) -> None:
+        p.grad = None
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()

@@ -13,6 +13,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from gradreg.training.anatomy import is_lazy
+
 Predicate = Callable[[str, nn.Parameter], bool]
 Rule = str | type[nn.Module] | Predicate
 Rules = Rule | Iterable[Rule]
@@ -130,9 +132,12 @@ class Selection:
         """The selected parameters, in the model's order."""
         return list(self.named.values())
 
+    @property
+    def summary(self) -> str:
+        """How much is selected, in one line."""
+        numbers, total = (sum(p.numel() for p in ps if not is_lazy(p)) for ps in (self.parameters, self.all))
+        return f"{len(self.named)} of {len(self.all)} parameters selected ({numbers} of {total} numbers)"
+
     def __str__(self) -> str:
-        numbers = sum(p.numel() for p in self.named.values())
-        total = sum(p.numel() for p in self.all)
         width = max(map(len, self.named))
-        head = f"{len(self.named)} of {len(self.all)} parameters selected ({numbers} of {total} numbers)"
-        return "\n".join([head, *(f"  {n:<{width}}  {tuple(p.shape)}" for n, p in self.named.items())])
+        return "\n".join([self.summary, *(f"  {n:<{width}}  {tuple(p.shape)}" for n, p in self.named.items())])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from gradreg.functional.ascents import Adaptive, Normalized
 from gradreg.functional.schemes import SCHEMES
 from gradreg.training.batch import Fraction, Split
 from gradreg.training.directions import Ahead, Momentum, Previous
+from gradreg.training.plan import Method
 from gradreg.training.schedule import LargeGradients, Schedule, Strength
-from gradreg.training.second_pass import Method
+from gradreg.training.target import target_in
 
 
 def check_together(
@@ -63,6 +65,18 @@ def check_together(
             'when needs the first gradient of the whole batch before the second pass, which scheme="exact", '
             'batch=Fraction and ascent_sync="local" do not have: leave one of them out.'
         )
+    if target_in(epsilon) is not None:
+        raise ValueError(
+            f"epsilon must be a number or a function of the step, got {epsilon}, which finds γ and no length: pass it "
+            "as gamma."
+        )
+    if target_in(gamma) is not None and (method.is_one_pass or isinstance(batch, Split)):
+        what = f"batch={batch}" if batch is not None else f"ascent={method.ascent}"
+        raise ValueError(
+            f"gamma must be a number or a function of the step with {what}, whose one pass has no ratio to measure, "
+            f"got {gamma} (which is also what no gamma means): "
+            + ("use gamma=epsilon/2." if batch else "use gamma=epsilon.")
+        )
     if not callable(gamma) and not callable(epsilon) and gamma != 0:
         check_step(method, Strength(float(gamma), float(epsilon)), None)
 
@@ -84,3 +98,24 @@ def check_step(method: Method, strength: Strength, step: int | None) -> None:
             "gamma must be below epsilon with batch=Split(), which displaces a share γ/ε of the batch, got "
             f"{gamma} and {epsilon}{when}: use gamma={epsilon / 2}, or leave out batch."
         )
+
+
+def check_stage(method: Method, when: LargeGradients | None) -> None:
+    """For a stage of a pipeline.
+
+    Raises:
+        ValueError: what needs a norm of the whole model, of which a stage knows its own part.
+    """
+    refused = {
+        f"ascent={method.ascent}": isinstance(method.ascent, (Normalized, Adaptive, Momentum, Previous)),
+        f"at={method.at}": method.at is not None,
+        f"cap={method.cap}": method.cap is not None,
+        'nonfinite="first"': method.fall_back,
+        f"when={when}": when is not None,
+    }
+    for argument, is_refused in refused.items():
+        if is_refused:
+            raise ValueError(
+                f"{argument} needs the norm of the whole model, and this process knows that of its pipeline stage: use "
+                'ascent="gradient" without cap, when, at and nonfinite="first", or a data-parallel model (FSDP2).'
+            )
