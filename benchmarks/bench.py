@@ -1,7 +1,9 @@
 """What a step costs: time and memory of each method against plain SGD, measured side by side.
 
-    make bench                      # the tables, under half an hour on two cores
-    make bench ARGS="--only cheap"  # the modes below two passes alone
+    make bench                      # the tables, half an hour and more on two cores
+    make bench ARGS="--only two"    # two passes, on models whose step is mostly matrix products
+    make bench ARGS="--only cheap"  # the modes below two passes, on the same models
+    make bench ARGS="--only small"  # two passes, on models whose step is mostly Python; 5 to 8 minutes
     make bench ARGS="--processes 2" # quicker and noisier
     make bench ARGS="--device cuda" # also: synchronizations in a step, and capture in a CUDA graph
 
@@ -15,6 +17,12 @@ still differ by more.
 
 The modes below two passes have a table of their own, against SGD with momentum; beside each stands what it must pay,
 the same passes with no method, and its overhead is the difference.
+
+Small models have a table of their own too, where what a method adds to its passes shows. It is made on one thread and
+counts that thread's processor time, which does not count what others do on the machine (on a GPU wall-clock time, since
+that is where the thread waits). Beside the time stand the operations that a step dispatches beyond two passes and a
+step of the optimizer (`costs.count_operations`). The first rounds, in which a method may check and measure more than
+later, are not timed in any table.
 
 Memory: the largest number of bytes held at once in the second step from a fresh model, less the same of SGD, in copies
 of the parameters; `at batch 1` shows weights and gradients alone, since there the activations are small.
@@ -32,7 +40,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from models import PROBLEMS, Problem
+from models import PROBLEMS, SMALL_PROBLEMS, Problem
 
 import gradreg
 from gradreg.lab.cost import steps as costs
@@ -121,6 +129,42 @@ def by_hand(problem: Problem) -> Step:
         for w, hook, theta in zip(weights, hooks, true):
             hook.remove()
             w.data = theta
+        optimizer.step()
+
+    return step
+
+
+def by_hand_at_once(problem: Problem) -> Step:
+    """The same for small models: each operation takes all parameters, and both gradients are held until the end."""
+    weights = list(problem.model.parameters())
+    optimizer = torch.optim.SGD(weights, lr=LEARNING_RATE)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        problem.loss().backward()
+        first: list[Any] = [w.grad for w in weights]
+        true = [w.data for w in weights]
+        torch.linalg.vector_norm(torch.stack(torch._foreach_norm(first)))  # ‖g1‖, to be reported
+        for w, moved in zip(weights, torch._foreach_add(true, first, alpha=0.1)):
+            w.grad, w.data = None, moved
+        problem.loss().backward()
+        torch._foreach_lerp_(first, [w.grad for w in weights], 0.5)
+        for w, g, theta in zip(weights, first, true):
+            w.grad, w.data = g, theta
+        optimizer.step()
+
+    return step
+
+
+def by_block(problem: Problem) -> Step:
+    regularizer = gradreg.GradientRegularizer(problem.model, 0.05, 0.1)
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=LEARNING_RATE)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        problem.loss().backward()
+        with regularizer.perturbed():
+            problem.loss().backward()
         optimizer.step()
 
     return step
@@ -221,28 +265,44 @@ CHEAP: dict[str, tuple[Callable[[Problem], Step], str]] = {
 """Each with the row that it is compared with: the same passes and nothing else."""
 
 
+TWO_PASSES, PEER = "two passes, no method", "SAM, pytorch_optimizer"
 METHODS: dict[str, Callable[[Problem], Step]] = {
     "SGD": sgd,
-    "two passes, no method": two_passes,
+    TWO_PASSES: two_passes,
     "F-GR by hand, nothing else": by_hand,
     "F-GR, backward(loss_fn)": by_backward(lambda model: gradreg.GradientRegularizer(model, 0.05, 0.1)),
     "F-GR, step(closure)": by_closure,
     "F-GR, γ = ε": by_backward(lambda model: gradreg.GradientRegularizer(model, 0.1, 0.1)),
     "SAM, gradreg.sam": by_backward(lambda model: gradreg.sam(model, rho=0.05)),
-    "SAM, pytorch_optimizer": peer_sam,
+    PEER: peer_sam,
     "DB, scheme exact": by_backward(lambda model: gradreg.GradientRegularizer(model, 0.05, 0.1, scheme="exact")),
 }
+SMALL: dict[str, Callable[[Problem], Step]] = {
+    "SGD": sgd,
+    TWO_PASSES: two_passes,
+    "F-GR by hand, at once": by_hand_at_once,
+    "F-GR, backward(loss_fn)": METHODS["F-GR, backward(loss_fn)"],
+    "F-GR, step(closure)": by_closure,
+    "F-GR, perturbed()": by_block,
+    "SAM, gradreg.sam": METHODS["SAM, gradreg.sam"],
+    PEER: peer_sam,
+}
+"""For the small models."""
+
+STEPS = {**METHODS, **SMALL, **{method: make for method, (make, _) in CHEAP.items()}}
 
 
 def build(name: str, method: str, device: torch.device, **size: int) -> tuple[Problem, Step]:
     torch.manual_seed(0)
-    problem = PROBLEMS[name](device, **size)
-    return problem, (METHODS[method] if method in METHODS else CHEAP[method][0])(problem)
+    problem = {**PROBLEMS, **SMALL_PROBLEMS}[name](device, **size)
+    return problem, STEPS[method](problem)
 
 
 def times_here(name: str, methods: list[str], device: torch.device, rounds: int) -> dict[str, list[float]]:
     """Seconds of each method in each round, in this process."""
     costs.keep_heap()
+    if name in SMALL_PROBLEMS:
+        torch.set_num_threads(1)
     steps = {method: build(name, method, device)[1] for method in methods}
     return costs.paired_seconds(steps, rounds, costs.clock_for(device, torch.get_num_threads()))
 
@@ -321,18 +381,34 @@ def show(name: str, methods: list[str], device: torch.device, rounds: int, proce
     """A table; the first method is the one that the others are relative to."""
     base, *_ = methods
     seconds = times(name, methods, device, rounds, processes)
-    full = copies(name, methods, device)
-    lean = copies(name, methods, device, batch=1 if base == "SGD" and name != "ResNet-18" else 2)
-    few = "batch 1" if base == "SGD" else "batch 2"
+    rows = 1 if base == "SGD" and name != "ResNet-18" else 2
+    full, lean = copies(name, methods, device), copies(name, methods, device, batch=rows)
     print(f"\n{name}: {base} {1e3 * statistics.median(seconds[base]):.1f} ms a step")
     print(f"  {'':36}{'time':>20}   memory beyond {base}, in copies of the parameters")
     for method in methods:
-        ratio = costs.median_ratio(seconds[method], seconds[base], processes)
-        shown = f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
         print(
-            f"  {method:36}{shown:>20}   {lean[method]:5.2f} at {few}, {full[method]:5.2f} at full batch"
-            f"{_overhead(method, base, seconds, processes)}"
+            f"  {method:36}{_ratio(method, base, seconds, processes):>20}   {lean[method]:5.2f} at batch {rows}, "
+            f"{full[method]:5.2f} at full batch{_overhead(method, base, seconds, processes)}"
         )
+
+
+def show_small(name: str, methods: list[str], device: torch.device, rounds: int, processes: int) -> None:
+    """A table of a small model."""
+    base, *_ = methods
+    seconds = times(name, methods, device, rounds, processes)
+    held = copies(name, methods, device)
+    dispatched = {method: costs.count_operations(build(name, method, device)[1]) for method in methods}
+    parameters = len(list(build(name, base, device)[0].model.parameters()))
+    print(f"\n{name}, {parameters} parameters: {base} {1e3 * statistics.median(seconds[base]):.2f} ms a step")
+    print(f"  {'':36}{'time':>20}   operations beyond two passes   memory beyond {base}, in copies of the parameters")
+    for method in methods:
+        beyond = "" if method == base else f"{dispatched[method] - dispatched[TWO_PASSES]}"
+        print(f"  {method:36}{_ratio(method, base, seconds, processes):>20}   {beyond:>28}   {held[method]:5.2f}")
+
+
+def _ratio(method: str, base: str, seconds: dict[str, list[float]], processes: int) -> str:
+    ratio = costs.median_ratio(seconds[method], seconds[base], processes)
+    return f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
 def _overhead(method: str, base: str, seconds: dict[str, list[float]], processes: int) -> str:
@@ -348,29 +424,39 @@ def _overhead(method: str, base: str, seconds: dict[str, list[float]], processes
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory of a step, relative to plain SGD.")
     parser.add_argument("--processes", type=int, default=6, help="fresh processes for each model, one after the other")
-    parser.add_argument("--rounds", type=int, default=7, help="paired rounds in each of them")
-    parser.add_argument("--models", nargs="*", default=list(PROBLEMS), choices=list(PROBLEMS))
-    parser.add_argument("--only", choices=["two", "cheap"], help="one of the two tables")
+    parser.add_argument("--rounds", type=int, help="paired rounds in each of them (7; 120 of a small model)")
+    everything = [*PROBLEMS, *SMALL_PROBLEMS]
+    parser.add_argument("--models", nargs="*", default=everything, choices=everything)
+    parser.add_argument("--only", choices=["two", "cheap", "small"], help="one kind of table")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    device = torch.device(arguments.device)
-    methods = list(METHODS)
+    device, only = torch.device(arguments.device), arguments.only
+    missing = set()
     with contextlib.suppress(ImportError):
         import pytorch_optimizer  # noqa: F401
     if "pytorch_optimizer" not in sys.modules:
-        methods.remove("SAM, pytorch_optimizer")
+        missing = {PEER}
         print("pytorch_optimizer is not installed, its row is left out (make bench installs it)")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    rounds, processes = arguments.rounds, arguments.processes
-    print(f"torch {torch.__version__}, {where}, {rounds} rounds in each of {processes} processes")
-    print("ratios to SGD: median [95 % interval]")
-    for name in arguments.models:
-        if arguments.only != "cheap":
-            show(name, methods, device, rounds, processes)
-        if arguments.only != "two":
+    rounds, processes = arguments.rounds or 7, arguments.processes
+    large = [name for name in arguments.models if name in PROBLEMS and only != "small"]
+    small = [name for name in arguments.models if name in SMALL_PROBLEMS and only in (None, "small")]
+    print(f"torch {torch.__version__}, ratios to SGD: median [95 % interval]")
+    if large:
+        print(f"{where}, {rounds} rounds in each of {processes} processes")
+    for name in large:
+        if only != "cheap":
+            show(name, [m for m in METHODS if m not in missing], device, rounds, processes)
+        if only != "two":
             has_norms = bool(norm_layers(build(name, "SGD, momentum", device)[0].model))
             show(name, [m for m in CHEAP if has_norms or "norm layers" not in m], device, rounds, processes)
+    rounds = arguments.rounds or 120
+    if small:
+        clock = "processor time" if costs.is_processor_time(device, 1) else "wall-clock time"
+        print(f"\nsmall models: 1 thread, {clock}, {rounds} rounds in each of {processes} processes")
+    for name in small:
+        show_small(name, [m for m in SMALL if m not in missing], device, rounds, processes)
     torch_time, ours = import_milliseconds()
     print(f"\nimport torch {torch_time:.0f} ms, import gradreg adds {ours:.0f} ms (median of 7 fresh interpreters)")
     if device.type == "cuda":

@@ -1,8 +1,13 @@
-"""The three models whose step is timed: an MLP, a ResNet-18 and a small GPT, each with one fixed batch."""
+"""The models whose step is timed: an MLP, a ResNet-18 and a GPT, each with one fixed batch, in two sizes.
+
+In the large size a step is mostly matrix products; in the small one it is mostly Python and the dispatch of operations.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +40,10 @@ def mlp(device: torch.device, depth: int = 10, width: int = 512, batch: int = 12
     return Problem(model, (x, y))
 
 
-def resnet18(device: torch.device, width: int = 32, batch: int = 64) -> Problem:
-    """ResNet-18 with the CIFAR stem, on random 32×32 images."""
+def resnet18(device: torch.device, width: int = 32, batch: int = 64, pixels: int = 32) -> Problem:
+    """ResNet-18 with the CIFAR stem, on random images of `pixels`×`pixels`."""
     model = resnet(3, 10, width=width).to(device)
-    x = torch.randn(batch, 3, 32, 32, device=device)
+    x = torch.randn(batch, 3, pixels, pixels, device=device)
     y = torch.randint(10, (batch,), device=device)
     return Problem(model, (x, y))
 
@@ -50,4 +55,9 @@ def gpt(device: torch.device, depth: int = 4, width: int = 256, batch: int = 16)
     return Problem(model, (ids[:, :-1], ids[:, 1:]))
 
 
-PROBLEMS = {"MLP-10": mlp, "ResNet-18": resnet18, "GPT": gpt}
+PROBLEMS: dict[str, Callable[..., Problem]] = {"MLP-10": mlp, "ResNet-18": resnet18, "GPT": gpt}
+SMALL_PROBLEMS: dict[str, Callable[..., Problem]] = {
+    "small MLP": partial(mlp, depth=3, width=128, batch=50),
+    "small ResNet": partial(resnet18, width=4, batch=2, pixels=8),
+    "small GPT": partial(gpt, width=32, batch=1),
+}

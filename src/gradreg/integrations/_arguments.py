@@ -1,4 +1,4 @@
-"""The arguments of a regularized trainer, and a γ that finds the wanted penalty ratio by itself."""
+"""The arguments of a regularized trainer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gradreg._vectors import is_sharded
+from gradreg.training.defaults import default_gamma
 from gradreg.training.regularizer import GradientRegularizer
-from gradreg.training.schedule import Schedule, value_at, warmup
+from gradreg.training.schedule import Schedule, warmup
+from gradreg.training.target import TargetRatio
 
 
 def is_positive(value: Any) -> bool:
@@ -21,8 +23,11 @@ def is_positive(value: Any) -> bool:
 class CommonArguments:
     """Every argument but ε, whose name some trainers have taken for something else."""
 
-    gamma: float = field(
-        default=0.1, metadata={"help": "Strength γ ≥ 0 of the penalty γ/2 ‖∇L‖²; 0 runs no second pass."}
+    gamma: float | None = field(
+        default=None,
+        metadata={
+            "help": "Strength γ ≥ 0 of the penalty γ/2 ‖∇L‖²; 0 runs no second pass, None finds γ by a penalty ratio."
+        },
     )
     scheme: str = field(default="forward", metadata={"help": "'forward' or 'backward' difference."})
     ascent: str = field(default="gradient", metadata={"help": "'gradient', 'normalized' (SAM) or 'adaptive' (ASAM)."})
@@ -36,12 +41,12 @@ class CommonArguments:
     penalty_cap: float | None = field(default=None, metadata={"help": "The largest ‖ĝ − g1‖/‖g1‖, or None."})
     target_penalty_ratio: float | None = field(
         default=None,
-        metadata={"help": "Turn γ until ‖ĝ − g1‖/‖g1‖ is about this; reads a measurement back in every step."},
+        metadata={"help": "Turn γ, from `gamma` on if it is given, until ‖ĝ − g1‖/‖g1‖ is about this; at most γ = ε."},
     )
 
     @property
-    def displacement_epsilon(self) -> float:
-        """ε, the step length along the ascent."""
+    def displacement_epsilon(self) -> float | None:
+        """ε, the step length along the ascent; None where the library chooses it."""
         raise NotImplementedError
 
     def __post_init__(self) -> None:
@@ -62,10 +67,12 @@ class CommonArguments:
                 raise ValueError(f"{name} must be a finite number > 0, or None for none, got {value!r}.")
         if target is not None and cap is not None and cap < target:
             raise ValueError(
-                f"target_penalty_ratio must not exceed penalty_cap, got {target} and {cap}: γ would grow without end."
+                f"target_penalty_ratio must not exceed penalty_cap, got {target} and {cap}: it would never be met."
             )
         if target is not None and self.gamma == 0:
-            raise ValueError("target_penalty_ratio multiplies gamma, so gamma must be > 0, got 0.")
+            raise ValueError(
+                "target_penalty_ratio begins at gamma, so gamma must be > 0, or None for a small one, got 0."
+            )
 
 
 @dataclass
@@ -76,10 +83,12 @@ class RegularizationArguments(CommonArguments):
         TypeError: on construction, where the other class has an `epsilon`, which this one would overwrite.
     """
 
-    epsilon: float = field(default=0.1, metadata={"help": "Step length ε > 0 along the ascent; γ = ε makes ĝ = g2."})
+    epsilon: float | None = field(
+        default=None, metadata={"help": "Step length ε > 0 along the ascent; None is one that suits the ascent."}
+    )
 
     @property
-    def displacement_epsilon(self) -> float:
+    def displacement_epsilon(self) -> float | None:
         return self.epsilon
 
     def __post_init__(self) -> None:
@@ -93,43 +102,15 @@ class RegularizationArguments(CommonArguments):
         super().__post_init__()
 
 
-@dataclass
-class Calibrated:
-    """γ times a factor that follows the measured penalty ratio ρ: in each step, factor ← factor · (target/ρ)^rate.
-
-    For one batch and ε, ρ is proportional to γ, so rate = 1 would correct at once and follow the noise of each batch;
-    the default averages, geometrically, over about ten steps. One step changes the factor by at most two.
-
-    Example:
-        >>> gamma = Calibrated(0.1, target=0.3)
-        >>> for _ in range(100):
-        ...     gamma.update(ratio=20 * gamma(0), step=0)  # a problem in which ρ = 20 γ
-        >>> round(20 * gamma(0), 3)
-        0.3
-    """
-
-    value: float
-    target: float
-    ramp: Schedule = 1.0  # of γ, and of the target with it
-    factor: float = 1.0
-    rate: float = 0.1
-
-    def __call__(self, step: int) -> float:
-        return self.factor * self.value * value_at(self.ramp, step)
-
-    def update(self, ratio: float, step: int) -> None:
-        """Take up the ratio that was measured at a step; one of a skipped step (0, or not finite) says nothing."""
-        wanted = self.target * value_at(self.ramp, step)
-        if math.isfinite(ratio) and ratio > 0 and wanted > 0:
-            self.factor *= min(2.0, max(0.5, (wanted / ratio) ** self.rate))
-
-
 def make_regularizer(model: Any, args: Any, default_exclude: Sequence[str]) -> GradientRegularizer:
     """The regularizer that the arguments describe."""
     steps, target = args.gamma_warmup_steps, args.target_penalty_ratio
-    gamma: Schedule = warmup(args.gamma, steps) if steps else args.gamma
     if target is not None:
-        gamma = Calibrated(args.gamma, target, ramp=warmup(1.0, steps) if steps else 1.0)
+        gamma: Schedule = TargetRatio(target, ramp=steps, start=args.gamma)
+    elif args.gamma is None:
+        gamma = TargetRatio(ramp=steps) if steps else default_gamma()
+    else:
+        gamma = warmup(args.gamma, steps) if steps else args.gamma
     return GradientRegularizer(
         model,
         gamma,

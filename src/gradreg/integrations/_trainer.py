@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from gradreg.integrations._arguments import Calibrated, check_host, make_regularizer
+from gradreg.integrations._arguments import check_host, make_regularizer
+from gradreg.training.block import Block
 from gradreg.training.regularizer import GradientRegularizer
 from gradreg.training.replay import RandomState
 from gradreg.training.schedule import value_at
@@ -179,8 +180,8 @@ class GradientRegularizationMixin(Trainer):
     def _second_pass(self, model: nn.Module) -> None:
         scaler = self.accelerator.scaler  # of fp16: `.grad` and the replayed losses carry its scale
         scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-        step, num_steps = self.regularizer.step, getattr(self, "current_gradient_accumulation_steps", 1)
-        with self.regularizer.perturbed(grad_scale=scale), self._scratch():
+        num_steps = getattr(self, "current_gradient_accumulation_steps", 1)
+        with Block(self.regularizer, scale, replays_random_numbers=True), self._scratch():
             try:
                 for k, micro_batch in enumerate(self._window, 1):
                     is_last = k == len(self._window)
@@ -191,10 +192,6 @@ class GradientRegularizationMixin(Trainer):
             finally:
                 self._replayed = None
                 self.current_gradient_accumulation_steps = num_steps
-        if isinstance(self.regularizer.gamma, Calibrated):
-            ratio = self.regularizer.diagnostics()["penalty_ratio"]
-            assert isinstance(ratio, Tensor)
-            self.regularizer.gamma.update(ratio.item(), step)
 
     @contextmanager
     def _scratch(self) -> Iterator[None]:
@@ -226,15 +223,13 @@ class GradientRegularizationMixin(Trainer):
             "skipped_steps": found["skipped_steps"],
         }
         measured = {name: value.item() for name, value in tensors.items()}
-        if isinstance(self.regularizer.gamma, Calibrated):
-            measured["gamma"] = self.regularizer.gamma(self.regularizer.step)
+        if "gamma" in found:  # one that follows a target
+            measured["gamma"] = found["gamma"].item()
         return {name: value for name, value in measured.items() if not math.isnan(value)}  # NaN: nothing measured yet
 
     def regularizer_state(self) -> dict[str, Any]:
-        """The regularizer's step and counters, and the factor of a calibrated γ."""
-        gamma = self.regularizer.gamma
-        factor = {"gamma_factor": gamma.factor} if isinstance(gamma, Calibrated) else {}
-        return {**self.regularizer.state_dict(), **factor}
+        """The regularizer's step and counters, and what a γ that follows a target has measured."""
+        return self.regularizer.state_dict()
 
     def load_regularizer_state(self, state: dict[str, Any]) -> None:
         """Take up what `regularizer_state` gave.
@@ -242,13 +237,7 @@ class GradientRegularizationMixin(Trainer):
         Raises:
             ValueError: missing or unknown keys, or values that no state has; nothing is changed.
         """
-        rest = {name: value for name, value in state.items() if name != "gamma_factor"}
-        factor = state.get("gamma_factor", 1.0)
-        if not isinstance(factor, float) or not 0 < factor < float("inf"):
-            raise ValueError(f"gamma_factor must be a finite number > 0, got {factor!r}.")
-        self.regularizer.load_state_dict(rest)
-        if isinstance(self.regularizer.gamma, Calibrated):
-            self.regularizer.gamma.factor = factor
+        self.regularizer.load_state_dict(state)
 
     # The folder of a checkpoint is known to these two alone; no callback is told which one a run resumes from.
 

@@ -1,6 +1,6 @@
 """accelerate: one line of the loop changes, and every accumulation window is replayed by itself.
 
-    regularizer = AcceleratedRegularizer(accelerator, model, gamma=0.1, epsilon=0.1)  # of the prepared model
+    regularizer = AcceleratedRegularizer(accelerator, model)  # of the prepared model
     for batch in loader:
         with accelerator.accumulate(model):
             loss = regularizer.backward(loss_fn, batch)  # was: loss = loss_fn(batch); accelerator.backward(loss)
@@ -20,7 +20,8 @@ from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 try:
     from accelerate import Accelerator, DistributedType
@@ -28,8 +29,10 @@ except ImportError as error:
     raise ImportError("gradreg.integrations.accelerate needs accelerate: pip install 'gradreg[accelerate]'") from error
 
 from gradreg.integrations._replay import check_one_replay
+from gradreg.training.block import Block
 from gradreg.training.calls import check_loss_fn, checked
 from gradreg.training.regularizer import GradientRegularizer
+from gradreg.training.replay import RandomState
 from gradreg.training.schedule import Schedule, value_at
 
 __all__ = ["AcceleratedRegularizer"]
@@ -50,12 +53,13 @@ class AcceleratedRegularizer:
     Args:
         accelerator: the `Accelerator`.
         model: the model as `accelerator.prepare` returned it. The loss must call it, and not its parts.
-        gamma: strength γ ≥ 0, a number or a function of the step (a window is one step).
-        epsilon: step length ε > 0, likewise.
+        gamma: strength γ ≥ 0, a number, a function of the step (a window is one step) or a `TargetRatio`; None is
+            `TargetRatio()`.
+        epsilon: step length ε > 0, a number or a function of the step; None is one that suits the ascent.
         options: of `GradientRegularizer`: scheme (`forward` or `backward`), ascent, include, exclude, cap, nonfinite.
 
     Raises:
-        ValueError: a model that was not prepared, DeepSpeed, FSDP, Megatron or XLA, schemes of several replays, and
+        ValueError: a model that was not prepared, DeepSpeed, FSDP1, Megatron or XLA, schemes of several replays, and
             whatever `GradientRegularizer` refuses.
         TypeError: something else than an `Accelerator`.
 
@@ -76,17 +80,28 @@ class AcceleratedRegularizer:
     """
 
     def __init__(
-        self, accelerator: Accelerator, model: nn.Module, gamma: Schedule, epsilon: Schedule, **options: Any
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        gamma: Schedule | None = None,
+        epsilon: Schedule | None = None,
+        **options: Any,
     ) -> None:
         if not isinstance(accelerator, Accelerator):
             raise TypeError(f"accelerator must be an accelerate.Accelerator, got {type(accelerator).__name__}.")
-        if accelerator.distributed_type not in _SUPPORTED:
+        self._is_sharded = accelerator.distributed_type == DistributedType.FSDP and accelerator.is_fsdp2
+        if accelerator.distributed_type not in _SUPPORTED and not self._is_sharded:
             raise ValueError(
-                f"AcceleratedRegularizer serves one process and DDP, got {accelerator.distributed_type}, whose "
-                "gradients or weights it cannot reach. For DeepSpeed ZeRO-1 and 2 use "
-                "gradreg.integrations.deepspeed without accelerate; for FSDP2 see docs/hosts.md."
+                f"AcceleratedRegularizer serves one process, DDP and FSDP2, got {accelerator.distributed_type}, whose "
+                "gradients or weights it cannot reach. For FSDP set fsdp_version=2; for DeepSpeed ZeRO-1 and 2 use "
+                "gradreg.integrations.deepspeed without accelerate."
             )
-        if accelerator.num_processes > 1 and not isinstance(model, DistributedDataParallel):
+        if self._is_sharded and getattr(accelerator, "parallelism_config", None) is not None:
+            raise ValueError(
+                "parallelism_config beside FSDP2 is not tested with AcceleratedRegularizer: leave it out, or shard the "
+                "model yourself and use gradreg.GradientRegularizer (docs/hosts.md)."
+            )
+        if accelerator.num_processes > 1 and not isinstance(model, FSDPModule if self._is_sharded else DDP):
             raise ValueError(
                 f"model must be what accelerator.prepare returned, got a bare {type(model).__name__}: prepare it first."
             )
@@ -95,7 +110,7 @@ class AcceleratedRegularizer:
         )
         self.regularizer = GradientRegularizer(model, gamma, epsilon, **options)
         self.accelerator = accelerator
-        self._window: list[tuple[Callable[[Any], Tensor], Any]] = []
+        self._window: list[tuple[Callable[[Any], Tensor], Any, RandomState]] = []
         accelerator.register_for_checkpointing(self)
 
     def backward(self, loss_fn: Callable[[Any], Tensor], batch: Any) -> Tensor:
@@ -118,11 +133,12 @@ class AcceleratedRegularizer:
         is_active = value_at(self.regularizer.gamma, self.regularizer.step) != 0
         if is_active:
             self._check_gradients()
+        random = RandomState(self.regularizer._engine.anatomy.accelerators)
         try:
             loss = checked(loss_fn(batch))
             self.accelerator.backward(loss)
             if is_active:
-                self._window.append((loss_fn, batch))
+                self._window.append((loss_fn, batch, random))
         except BaseException:
             self._window.clear()
             raise
@@ -134,12 +150,14 @@ class AcceleratedRegularizer:
                 self.regularizer.step += 1  # what would have been a second pass
         return loss.detach()
 
-    def _second_pass(self, window: list[tuple[Callable[[Any], Tensor], Any]]) -> None:
+    def _second_pass(self, window: list[tuple[Callable[[Any], Tensor], Any, RandomState]]) -> None:
         scaler = self.accelerator.scaler  # of fp16
-        with self.regularizer.perturbed(grad_scale=scaler.get_scale() if scaler is not None else 1.0):
-            for k, (loss_fn, batch) in enumerate(window, 1):
+        scale = scaler.get_scale() if scaler is not None else 1.0
+        with Block(self.regularizer, scale, replays_random_numbers=True):
+            for k, (loss_fn, batch, random) in enumerate(window, 1):
                 quiet = k < len(window)
                 with self.accelerator.no_sync(self.regularizer.model) if quiet else nullcontext():
+                    random.restore()
                     loss = loss_fn(batch)
                     if loss.requires_grad:  # else: nothing selected takes part in the displaced pass
                         self.accelerator.backward(loss)
@@ -151,7 +169,7 @@ class AcceleratedRegularizer:
                 "a window begins with gradients that were there before: call optimizer.zero_grad() after "
                 "optimizer.step(), and accumulate within `with accelerator.accumulate(model):`."
             )
-        if self._window and not gradients:
+        if self._window and not gradients and not self._is_sharded:  # FSDP2 keeps them until the window closes
             raise ValueError(
                 f"the gradients of the {len(self._window)} micro-batches before this one of the window are gone: call "
                 "optimizer.zero_grad() after optimizer.step(), where accelerate ignores it within a window, and not "

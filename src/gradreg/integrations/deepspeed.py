@@ -1,6 +1,6 @@
 """DeepSpeed: ZeRO-1 and 2, where gradients live in partitions and `.grad` is empty after a backward pass.
 
-    regularizer = DeepSpeedRegularizer(engine, gamma=0.1, epsilon=0.1)
+    regularizer = DeepSpeedRegularizer(engine)
     loss = regularizer.backward(lambda batch: criterion(engine(batch.x), batch.y), window)
     engine.step()  # unchanged: clipping, loss scale and the optimizer work on ĝ
 
@@ -30,10 +30,12 @@ from gradreg.functional.ascents import Ascent, resolve_ascent
 from gradreg.functional.schemes import Scheme, resolve_scheme
 from gradreg.training.anatomy import Anatomy
 from gradreg.training.calls import check_loss_fn, checked
+from gradreg.training.defaults import default_epsilon, default_gamma
 from gradreg.training.ranks import compare
 from gradreg.training.replay import Moment
 from gradreg.training.schedule import Schedule, Strength, check, name_of, strength_at
 from gradreg.training.selection import Rules, Selection
+from gradreg.training.target import Dial, target_in
 
 __all__ = ["DeepSpeedRegularizer"]
 
@@ -47,8 +49,9 @@ class DeepSpeedRegularizer:
 
     Args:
         engine: what `deepspeed.initialize` returned. The loss must call it.
-        gamma: strength γ ≥ 0, a number or a function of the step (a window is one step).
-        epsilon: step length ε > 0, likewise.
+        gamma: strength γ ≥ 0, a number, a function of the step (a window is one step) or a `TargetRatio`; None is
+            `TargetRatio()`.
+        epsilon: step length ε > 0, a number or a function of the step; None is one that suits the ascent.
         scheme: `forward` or `backward`.
         ascent: `gradient`, `normalized`, `adaptive`, or an `Ascent`.
         include: shell-style patterns over parameter names, module types, or predicates; None selects all.
@@ -63,14 +66,16 @@ class DeepSpeedRegularizer:
     def __init__(
         self,
         engine: Any,
-        gamma: Schedule,
-        epsilon: Schedule,
+        gamma: Schedule | None = None,
+        epsilon: Schedule | None = None,
         *,
         scheme: str | Scheme = "forward",
         ascent: str | Ascent = "gradient",
         include: Rules | None = None,
         exclude: Rules = (),
     ) -> None:
+        gamma = default_gamma() if gamma is None else gamma
+        epsilon = default_epsilon(ascent) if epsilon is None else epsilon
         check("gamma", gamma)
         check("epsilon", epsilon)
         self._scheme, self._ascent = resolve_scheme(scheme), resolve_ascent(ascent)
@@ -79,6 +84,8 @@ class DeepSpeedRegularizer:
         _check_engine(engine)
         self.engine = engine
         self.gamma, self.epsilon = gamma, epsilon
+        rule = target_in(gamma)
+        self._dial = None if rule is None else Dial(rule)
         self.selection = Selection(engine.module, include, exclude)
         self.step = 0
         self._have_agreed = False
@@ -106,12 +113,15 @@ class DeepSpeedRegularizer:
         if self._anatomy.follow():
             self.selection.read(self.engine.module)
         self._agree()
-        strength = strength_at(self.gamma, self.epsilon, self.step)
+        find = strength_at if self._dial is None else self._dial.strength_at
+        strength = find(self.gamma, self.epsilon, self.step)
         before = Moment(self._anatomy)
         try:
             loss = self._play(loss_fn, window)
             if strength is not None:
                 self._regularize(lambda: self._play(loss_fn, window), strength, before)
+                if self._dial is not None:  # gradients are whole on every rank, and so are their ratios
+                    self._dial.follow(self._measured["penalty_ratio"] if self._dial.is_due else None)
         except BaseException:
             before.restore()
             raise
@@ -201,26 +211,32 @@ class DeepSpeedRegularizer:
         return bool(second.isfinite())
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """`grad_norm`, `penalty_ratio` and `cosine` of the last step with γ > 0, and how many steps were active."""
-        return {**self._measured, **{name: torch.tensor(count) for name, count in self._counts.items()}}
+        """`grad_norm`, `penalty_ratio` and `cosine` of the last step with γ > 0, and how many steps were active; γ of
+        that step, where it follows a target."""
+        gamma = {} if self._dial is None else {"gamma": torch.tensor(self._dial.gamma, dtype=torch.float64)}
+        return {**self._measured, **gamma, **{name: torch.tensor(count) for name, count in self._counts.items()}}
 
-    def state_dict(self) -> dict[str, int]:
-        """The step and the counters: `engine.save_checkpoint(folder, client_state={"gradreg": ...})` keeps them."""
-        return {"step": self.step, **self._counts}
+    def state_dict(self) -> dict[str, Any]:
+        """The step, the counters and what a `TargetRatio` has measured: `engine.save_checkpoint(folder,
+        client_state={"gradreg": ...})` keeps them."""
+        target = {} if self._dial is None else {"target": self._dial.state_dict()}
+        return {"step": self.step, **self._counts, **target}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what `state_dict` gave.
 
         Raises:
             ValueError: missing or unknown keys, or a value that is not an integer ≥ 0; nothing is changed.
         """
-        if set(state_dict) != {"step", *self._counts}:
-            raise ValueError(
-                f"state_dict must have the keys {sorted({'step', *self._counts})}, got {sorted(state_dict)}."
-            )
-        for name, value in state_dict.items():
+        expected = set(self.state_dict())
+        if set(state_dict) != expected:
+            raise ValueError(f"state_dict must have the keys {sorted(expected)}, got {sorted(state_dict)}.")
+        for name in ("step", *self._counts):
+            value = state_dict[name]
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"state_dict[{name!r}] must be an integer ≥ 0, got {value!r}.")
+        if self._dial is not None:
+            self._dial.load_state_dict(state_dict["target"])
         self.step = state_dict["step"]
         self._counts = {name: state_dict[name] for name in self._counts}
 

@@ -1,6 +1,6 @@
 """Lightning: one callback in the Trainer, and the module stays as it is.
 
-    trainer = Trainer(callbacks=[GradientRegularization(gamma=0.1, epsilon=0.1)], ...)
+    trainer = Trainer(callbacks=[GradientRegularization()], ...)
 
 Automatic optimization goes on as before. When the last backward pass of an accumulation window has run, and before
 anything is unscaled, clipped or stepped, `.grad` holds g1 of the window; there (`on_after_backward`) the callback runs
@@ -25,12 +25,13 @@ try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision
     from lightning.pytorch.plugins.precision import Precision
-    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
     from torchmetrics import Metric
 except ImportError as error:
     raise ImportError("gradreg.integrations.lightning needs lightning: pip install 'gradreg[lightning]'") from error
 
 from gradreg.integrations._replay import check_one_replay
+from gradreg.training.block import Block
 from gradreg.training.optimizer import RegularizedOptimizer
 from gradreg.training.regularizer import GradientRegularizer
 from gradreg.training.schedule import Schedule, check, value_at
@@ -38,7 +39,7 @@ from gradreg.training.schedule import Schedule, check, value_at
 __all__ = ["GradientRegularization"]
 
 # Exactly these: their subclasses shard, compile or step in ways of their own.
-_STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
+_STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 _PRECISIONS = (Precision, MixedPrecision, DoublePrecision, HalfPrecision)
 
 
@@ -55,30 +56,34 @@ class GradientRegularization(Callback):
     checkpoint.
 
     Args:
-        gamma: strength γ ≥ 0, a number or a function of the optimizer's step.
-        epsilon: step length ε > 0, likewise.
+        gamma: strength γ ≥ 0, a number, a function of the optimizer's step or a `TargetRatio`; None is
+            `TargetRatio()`.
+        epsilon: step length ε > 0, a number or a function of the step; None is one that suits the ascent.
         log: log `grad_norm` (‖g1‖) and `penalty_ratio` (‖ĝ − g1‖/‖g1‖) in every step that the Trainer logs.
         options: of `GradientRegularizer`: scheme (`forward` or `backward`), ascent, include, exclude, cap, nonfinite.
 
     Raises:
         ValueError: when built, a γ, ε or scheme that cannot be used; when training starts, manual optimization, a
-            `RegularizedOptimizer` or LBFGS, strategies and precision plugins other than single device, DDP, 32-true,
-            64-true, mixed and half, a `training_step` that draws its own batches; and in a step, a window whose last
-            `training_step` returned None.
+            `RegularizedOptimizer` or LBFGS, strategies other than single device, DDP and model parallel (FSDP2, tensor
+            parallelism), precision plugins other than 32-true, 64-true, mixed and half, a `training_step` that draws
+            its own batches; and in a step, a window whose last `training_step` returned None.
 
     References:
         Karakida et al., [Understanding Gradient Regularization](https://arxiv.org/abs/2210.02720), ICML 2023.
 
     Example:
         >>> trainer = Trainer(
-        ...     callbacks=[GradientRegularization(gamma=0.1, epsilon=0.1)], accumulate_grad_batches=4,
+        ...     callbacks=[GradientRegularization()], accumulate_grad_batches=4,
         ...     gradient_clip_val=1.0, accelerator="cpu", logger=False, enable_progress_bar=False,
         ... )
     """
 
-    def __init__(self, gamma: Schedule, epsilon: Schedule, *, log: bool = True, **options: Any) -> None:
-        check("gamma", gamma)
-        check("epsilon", epsilon)
+    def __init__(
+        self, gamma: Schedule | None = None, epsilon: Schedule | None = None, *, log: bool = True, **options: Any
+    ) -> None:
+        for name, value in (("gamma", gamma), ("epsilon", epsilon)):
+            if value is not None:
+                check(name, value)
         check_one_replay(
             options, "manual optimization with regularizer.backward(loss_fn, batches, backward=self.manual_backward)"
         )
@@ -158,7 +163,7 @@ class GradientRegularization(Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         model, replays = trainer.strategy.model, trainer.strategy.training_step
         with (
-            self.regularizer.perturbed(grad_scale=scaler.get_scale() if scaler is not None else 1.0),
+            Block(self.regularizer, scaler.get_scale() if scaler is not None else 1.0, may_call=False),
             self._replaying(),
             _unseen(pl_module),
         ):
@@ -274,8 +279,9 @@ def _check_host(trainer: Trainer, pl_module: LightningModule) -> None:
         raise ValueError("LBFGS evaluates its closure several times a step: use a first-order optimizer (SGD, AdamW).")
     if strategy not in _STRATEGIES:
         raise ValueError(
-            f"Trainer(strategy=...) must be a single device or DDP, got {strategy.__name__}, whose gradients or "
-            'weights the callback cannot reach: use strategy="ddp", or a loop of your own (FSDP2: docs/hosts.md).'
+            f"Trainer(strategy=...) must be a single device, DDP or ModelParallelStrategy, got {strategy.__name__}, "
+            'whose gradients or weights the callback cannot reach: use strategy="ddp", or fully_shard (FSDP2) and '
+            'parallelize_module in configure_model() with strategy="model_parallel".'
         )
     if precision not in _PRECISIONS:
         names = ", ".join(sorted(p.__name__ for p in _PRECISIONS))

@@ -1,8 +1,6 @@
 """transformers: `Trainer` becomes `RegularizedTrainer`, and its arguments `RegularizedTrainingArguments`.
 
-    trainer = RegularizedTrainer(
-        model, RegularizedTrainingArguments("out", gamma=0.1, epsilon=0.1, ...), train_dataset=dataset
-    )
+    trainer = RegularizedTrainer(model, RegularizedTrainingArguments("out", ...), train_dataset=dataset)
     trainer.train()
 
 Tested with transformers 5.23 and accelerate 1.15; see docs/hosts.md.

@@ -70,9 +70,9 @@ class RegularizedGRPOConfig(TRLRegularizationArguments, GRPOConfig):
     target_penalty_ratio.
 
     γ has a scale: the same number is a ratio ‖ĝ − g1‖/‖g1‖ of 0.01 in one run and of 28 in another. Watch
-    `penalty_ratio` in the logs, or give `target_penalty_ratio` (about 0.3), which multiplies γ by
-    (target/ratio)^0.1 after each step, and saves that factor. It reads the ratio back in every step, which waits for an
-    accelerator and measures in every step. `penalty_cap` bounds the ratio of every step; do not clip g1 for that.
+    `penalty_ratio` in the logs, or give `target_penalty_ratio` (about 0.3), which γ then follows: see
+    `gradreg.TargetRatio`, which is also what no γ means. `penalty_cap` bounds the ratio of every step; do not clip g1
+    for that.
     """
 
 

@@ -1,4 +1,4 @@
-"""What a step costs relative to SGD: time in paired rounds, counted FLOPs, peak memory.
+"""What a step costs relative to SGD: time in paired rounds, counted FLOPs and operations, peak memory.
 
 Time: in a round every method makes one step, in an order that rotates; its ratio is taken to the SGD step of the same
 round, so that a slow moment of the machine falls on all. Each method has a model of its own, and all the same batch.
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, mode
 from typing import Any, TypeVar
 
 import torch
@@ -138,13 +138,55 @@ def median_ratio(values: Sequence[float], base: Sequence[float], processes: int 
 def count_flops(step: Step) -> int:
     """Two for each multiplication and addition of a matrix product or convolution, as torch's counter knows them.
 
-    Element by element operations, normalization, softmax, the optimizer and copies are not counted.
+    Element by element operations, normalization, softmax, the optimizer and copies are not counted. One step is made
+    before, since a first step checks the replay by one forward pass more.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
+    step()
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
+
+
+def count_operations(step: Step, profiles: int = 5) -> int:
+    """The operations that a later step dispatches: forward, backward and whatever stands around them.
+
+    Counted is each `aten::` record of the profiler that lies in no other, be it called by Python, by autograd or by a
+    hook: `nn.Linear` is one, and one `torch._foreach_add` over all parameters is one. Take from it the count of a loop
+    that makes the same passes and nothing else, and what the method adds to them is left.
+
+    Two steps are made before, in which a method may measure and check more than later. The profiler loses records
+    now and then, so the most frequent count of several profiles of one step each is taken.
+
+    Example:
+        >>> a, b = [torch.ones(2)] * 9, [torch.ones(2)] * 9
+        >>> count_operations(lambda: [x + y for x, y in zip(a, b)]), count_operations(lambda: torch._foreach_add(a, b))
+        (9, 1)
+    """
+    for _ in range(2):
+        step()
+    return mode(_count_operations_once(step) for _ in range(profiles))
+
+
+def _count_operations_once(step: Step) -> int:
+    with _silent_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    return sum(_is_dispatched(event) for event in profile.events() or ())
+
+
+def _is_dispatched(event: Any) -> bool:
+    if not event.name.startswith("aten::") or event.name == "aten::_has_compatible_shallow_copy_type":
+        return False  # the latter is what `p.data = t` asks before it sets a pointer
+    above = [one.name for one in _ancestors(event)]
+    if event.name == "aten::detach" and above and above[0] == "torch::autograd::AccumulateGrad":
+        return False  # autograd lays a gradient into `.grad`; torch.autograd.grad has no such record
+    return not any(name.startswith("aten::") for name in above)
+
+
+def _ancestors(event: Any) -> Iterator[Any]:
+    while (event := event.cpu_parent) is not None:
+        yield event
 
 
 def peak_bytes(make: Callable[[], Step], device: torch.device = CPU) -> int:
