@@ -15,7 +15,7 @@ x, y = torch.randn(32, 4, dtype=torch.float64), torch.randn(32, 1, dtype=torch.f
 def regularized_gradient(model: nn.Module, scheme: str, epsilon: float) -> Tensor:
     """ĝ of the mean squared error by the engine, as one vector."""
     model.zero_grad()
-    regularizer = gradreg.GradientRegularizer(model, gamma=1.0, epsilon=epsilon, scheme=scheme)
+    regularizer = gradreg.GradientRegularizer(model, gamma=0.5, epsilon=epsilon, scheme=scheme)
     regularizer.backward(lambda: (model(x) - y).square().mean())
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 

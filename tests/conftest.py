@@ -1,5 +1,6 @@
 """Seeds and fixtures of all tests."""
 
+import gc
 import signal
 
 import pytest
@@ -16,6 +17,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts backgrou
 def _seeded():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _few_objects(request):
+    """A first step looks through all living objects; those of the test runner are not among them here."""
+    is_drawn = hasattr(request.function, "hypothesis")  # which looks for objects itself
+    if not is_drawn:
+        gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(params=PROBLEMS, ids=lambda problem: problem.name)

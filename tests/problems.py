@@ -154,9 +154,10 @@ class Trial:
     def loss(self) -> Tensor:
         self.passes += 1
         self.weights.append([p.detach().clone() for p in self.model.parameters()])
-        self.draws.append(torch.rand(3))
         x, y = self.batch
-        return F.cross_entropy(self.model(x), y)
+        loss = F.cross_entropy(self.model(x), y)
+        self.draws.append(torch.rand(3))
+        return loss
 
     def gradients(self) -> list[Tensor | None]:
         return gradients(self.model)

@@ -1,4 +1,4 @@
-"""Two processes on one machine, and what they train: the workers behind tests/training/test_ranks.py and others."""
+"""Processes on one machine, and what they train: the workers behind tests/training/test_ranks.py and others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -20,17 +21,44 @@ import gradreg
 GAMMA, EPSILON = 0.05, 0.1
 
 
-def on_two_ranks(work: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `work(rank, *args)` returned on each rank."""
+def on_ranks(num: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `work(rank, *args)` returned on each of `num` ranks.
+
+    A rank that waits for another in vain fails after two minutes, and ends all of them.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, (folder, work, args), nprocs=2)
-        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(2)]
+        mp.spawn(_run, (num, folder, work, args), nprocs=num)
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(num)]
 
 
-def _run(rank: int, folder: str, work: Callable[..., Any], args: Sequence[Any]) -> None:
+def once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """`cache`, which keeps a failure too: a hung group is waited for once, and not by every test."""
+
+    @cache
+    def made(*args: Any) -> tuple[Any, BaseException | None]:
+        try:
+            return make(*args), None
+        except Exception as error:
+            return None, error
+
+    @wraps(make)
+    def kept(*args: Any) -> Any:
+        result, error = made(*args)
+        if error is not None:
+            raise RuntimeError(f"the processes failed: {error}") from error
+        return result
+
+    return kept
+
+
+def on_two_ranks(work: Callable[..., Any], *args: Any) -> list[Any]:
+    return on_ranks(2, work, *args)
+
+
+def _run(rank: int, num: int, folder: str, work: Callable[..., Any], args: Sequence[Any]) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    store = dist.FileStore(f"{folder}/store", num)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num, timeout=timedelta(minutes=2))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.save(work(rank, *args), f"{folder}/{rank}.pt")
     dist.barrier()
@@ -88,7 +116,9 @@ def train(model: nn.Module, rows: tuple[torch.Tensor, torch.Tensor], door: str, 
         value.backward()
         return value
 
-    for _ in range(3):
+    for step in range(3):
+        if step == 2:
+            regularizer.diagnostics()  # so that the last step is measured, and the one before need not be
         base.zero_grad()
         if door == "backward":
             regularizer.backward(loss)

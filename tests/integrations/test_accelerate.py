@@ -2,7 +2,7 @@
 
 import copy
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import ranks
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gradreg
 
 pytest.importorskip("accelerate")
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -60,9 +60,15 @@ def train(
     resume=None,
     gamma=GAMMA,
     precision="no",
+    shards=False,
 ):
     """The loop of the module's docstring; the model, the losses, the regularizer and the accelerator."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps, mixed_precision=precision)
+    if shards:  # accelerate has it on accelerators only
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=30, cpu_ram_efficient_loading=False
+        )
+        accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     if scale is not None:  # accelerate makes one on accelerators only
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
     optimizer = make([p for p in layers.parameters() if p.requires_grad])
@@ -175,8 +181,9 @@ def test_bf16():
     assert_same(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_resume_is_exact(tmp_path):
-    make, ramp = partial(torch.optim.AdamW, lr=0.05), gradreg.warmup(GAMMA, 6)
+@pytest.mark.parametrize("ramp", [gradreg.warmup(GAMMA, 6), gradreg.TargetRatio(0.05), None], ids=str)
+def test_resume_is_exact(tmp_path, ramp):
+    make = partial(torch.optim.AdamW, lr=0.05)
     straight, first, resumed = net(), net(), net()
     train(straight, 3, make=make, gamma=ramp, epochs=3)
     train(first, 3, make=make, gamma=ramp, epochs=1)[2].save_state(str(tmp_path / "state"))
@@ -281,13 +288,21 @@ def on_one_rank(rank):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555", "ACCELERATE_USE_CPU": "true"}
     x, y = rows()
-    layers = net()
     # accelerate deals whole batches to ranks in turn: rank r gets batch 2k + r
     order = torch.cat([torch.cat([torch.arange(s, s + BATCH)[r::2] for r in (0, 1)]) for s in range(0, ROWS, BATCH)])
-    losses, regularizer, accelerator = train(layers, 3, 0.1, data=(x[order], y[order]), batch=BATCH // 2)
-    assert accelerator.num_processes == 2
-    assert accelerator.gather(losses.mean()[None]).numel() == 2
-    return layers.state_dict(), regularizer.diagnostics()["penalty_ratio"].item(), bare_model_is_refused(accelerator)
+    results = []
+    for shards in (False, True):
+        layers = net()
+        losses, regularizer, accelerator = train(
+            layers, 3, 0.1, data=(x[order], y[order]), batch=BATCH // 2, shards=shards
+        )
+        assert accelerator.num_processes == 2
+        assert accelerator.gather(losses.mean()[None]).numel() == 2
+        weights = [ranks.gathered(value) for value in layers.state_dict().values()]
+        results.append((weights, regularizer.diagnostics()["penalty_ratio"].item(), bare_model_is_refused(accelerator)))
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+    return results
 
 
 def bare_model_is_refused(accelerator):
@@ -298,11 +313,18 @@ def bare_model_is_refused(accelerator):
     return "no error"
 
 
-def test_two_ranks_equal_one_process():
+@cache
+def on_two_ranks():
+    return ranks.on_two_ranks(on_one_rank)
+
+
+@pytest.mark.parametrize("k", [0, 1], ids=["ddp", "fsdp2"])
+def test_two_ranks_equal_one_process(k):
     theirs = net()
     _, last = by_hand(theirs, 3, 0.1)
-    for state, ratio, message in ranks.on_two_ranks(on_one_rank):
-        torch.testing.assert_close(list(state.values()), list(theirs.state_dict().values()), rtol=0, atol=1e-13)
+    for of_rank in on_two_ranks():
+        weights, ratio, message = of_rank[k]
+        torch.testing.assert_close(weights, list(theirs.state_dict().values()), rtol=0, atol=1e-13)
         assert ratio == pytest.approx(last["penalty_ratio"], rel=1e-6)
         assert "model must be what accelerator.prepare returned, got a bare Sequential" in message
 

@@ -319,7 +319,41 @@ def on_one_rank(rank, accumulate):
         results.append((module.layers.state_dict(), trainer.logged_metrics["penalty_ratio"].item()))
     wrapped = Wrapped(net())
     trainer_with(strategy="ddp", devices=2, use_distributed_sampler=False).fit(wrapped, data)
-    return [*results, wrapped.layers.state_dict()]
+    return [*results, wrapped.layers.state_dict(), [model_parallel(rank, accumulate, *sizes) for sizes in SIZES]]
+
+
+class Parallel(Module):
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        mesh, layers = self.device_mesh, self.layers
+        if mesh["tensor_parallel"].size() > 1:
+            parallelize_module(layers, mesh["tensor_parallel"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        if mesh["data_parallel"].size() > 1:
+            for module in (layers[0], layers):
+                fully_shard(module, mesh=mesh["data_parallel"])
+
+
+SIZES = [(2, 1), (1, 2)]  # data parallel, tensor parallel
+
+
+def model_parallel(rank, accumulate, data_parallel, tensor_parallel):
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    share = slice(rank, None, 2) if data_parallel == 2 else slice(None)
+    module = Parallel(net())
+    trainer = trainer_with(
+        regularization(),
+        strategy=ModelParallelStrategy(data_parallel, tensor_parallel, process_group_backend="gloo"),
+        devices=2,
+        use_distributed_sampler=False,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=0.1,
+    )
+    data = DataLoader(TensorDataset(*(t[share] for t in rows())), batch_size=BATCH // data_parallel)
+    trainer.fit(module, data)
+    return ranks.whole(module.layers), trainer.logged_metrics["penalty_ratio"].item()
 
 
 def test_two_ranks_equal_one_process():
@@ -327,12 +361,15 @@ def test_two_ranks_equal_one_process():
     theirs, one_by_one = net(), net()
     _, last = by_hand(theirs, 3, 0.1)
     by_hand(one_by_one)
-    for (state, ratio), (state_bn, _), wrapped in of_ranks:
+    for (state, ratio), (state_bn, _), wrapped, parallel in of_ranks:
         torch.testing.assert_close(list(wrapped.values()), list(one_by_one.state_dict().values()), rtol=0, atol=1e-13)
         torch.testing.assert_close(list(state.values()), list(theirs.state_dict().values()), rtol=0, atol=1e-13)
         assert ratio == pytest.approx(last["penalty_ratio"].item(), rel=1e-6)
         same = [torch.equal(state_bn[k], of_ranks[0][1][0][k]) for k in state_bn if "running" not in k]
         assert all(same), "ranks agree"
+        for weights, ratio_of_shards in parallel:
+            torch.testing.assert_close(weights, list(theirs.state_dict().values()), rtol=0, atol=1e-13)
+            assert ratio_of_shards == pytest.approx(last["penalty_ratio"].item(), rel=1e-6)
 
 
 # What is refused.

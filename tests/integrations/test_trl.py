@@ -272,15 +272,15 @@ def test_the_cap_bounds_the_penalty_and_not_g1(tmp_path, saved):
     assert_by_hand(found, cap=0.2)
 
 
-def test_gamma_finds_the_ratio_and_its_factor_is_saved(tmp_path, saved):
+def test_gamma_finds_the_ratio_and_is_saved(tmp_path, saved):
     options = {"learning_rate": 1e-3, "max_steps": 40, "save_strategy": "steps", "save_steps": 40}
     found = grpo(tmp_path, saved, RegularizedGRPOTrainer, gamma=5.0, target_penalty_ratio=0.3, **options)
     measured = [e["penalty_ratio"] for e in found.logs if e["penalty_ratio"] > 0]
     assert measured[0] > 1
     assert sorted(measured[-11:])[5] == pytest.approx(0.3, rel=0.6)
     state = json.loads((tmp_path / "checkpoint-40" / "gradreg.json").read_text())
-    assert state["gamma_factor"] == found.trainer.regularizer.gamma.factor < 1
-    assert found.logs[-1]["gamma"] == pytest.approx(5.0 * state["gamma_factor"])
+    assert state["target"] == found.trainer.regularizer.state_dict()["target"]
+    assert found.logs[-1]["gamma"] == pytest.approx(state["target"]["gamma"])
 
 
 def test_resume_is_exact(tmp_path, saved):
@@ -299,8 +299,9 @@ def test_zero_advantages_are_counted_and_harmless(tmp_path, saved):
     found = grpo(tmp_path, saved, RegularizedGRPOTrainer, Reward(lambda text: 1.0), target_penalty_ratio=0.3)
     before = LlamaForCausalLM.from_pretrained(saved)
     assert all(torch.equal(p, q) for p, q in zip(found.model.parameters(), before.parameters()))
-    assert found.trainer.regularizer.state_dict() == {"step": 3, "active_steps": 0, "skipped_steps": 3}
-    assert found.trainer.regularizer.gamma.factor == 1
+    state = found.trainer.regularizer.state_dict()
+    assert state.pop("target")["num_readings"] == 0
+    assert state == {"step": 3, "active_steps": 0, "skipped_steps": 3}
     assert [e["skipped_steps"] for e in found.logs] == [1, 2, 3]
     assert [e["penalty_ratio"] for e in found.logs] == [0, 0, 0]
 
@@ -427,7 +428,8 @@ def test_zero_advantages_on_one_rank_are_no_skipped_step(two_ranks):
     for found in two_ranks:
         assert found["DDP, one rank learns nothing"]["state"] == {"step": 2, "active_steps": 2, "skipped_steps": 0}
         state = found["DDP, no rank learns"]["state"]
-        assert state == {"step": 2, "active_steps": 0, "skipped_steps": 2, "gamma_factor": 1.0}
+        assert state.pop("target")["num_readings"] == 0
+        assert state == {"step": 2, "active_steps": 0, "skipped_steps": 2}
 
 
 # Other trainers.

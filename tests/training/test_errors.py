@@ -28,7 +28,6 @@ CONSTRUCTION = [
     ({"gamma": math.inf}, ValueError, r"gamma must be .* got inf"),
     ({"gamma": "0.1"}, TypeError, r"gamma must be a finite number ≥ 0 or a function of the step, got '0.1'"),
     ({"gamma": True}, TypeError, r"gamma must be .*, got True"),
-    ({"gamma": None}, TypeError, r"gamma must be .*, got None"),
     ({"epsilon": 0.0}, ValueError, r"epsilon must be a finite number > 0, got 0.0.*gamma=0"),
     ({"epsilon": -0.1}, ValueError, r'epsilon must be a finite number > 0, got -0.1.*scheme="backward"'),
     ({"epsilon": nan}, ValueError, r"epsilon must be a finite number > 0, got nan"),

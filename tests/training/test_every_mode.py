@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradreg
+from gradreg.training import anatomy, combination, displacement, second_pass
 
 
 @each_mode
@@ -157,8 +158,12 @@ def test_nothing_is_read_by_the_host(mode):
 
 
 @pytest.mark.parametrize("mode", ["momentum", "split", "ahead"])
-def test_a_known_direction_takes_no_memory_beyond_the_base_optimizer(mode):
+def test_a_known_direction_takes_no_memory_beyond_the_base_optimizer(mode, monkeypatch):
     from contract import UNIT, usual_peak
+
+    monkeypatch.setattr(anatomy, "LARGE_MODEL", 10 * 256 * 256)  # a large model, where memory counts
+    for module in (combination, displacement, second_pass):
+        monkeypatch.setattr(module, "LARGE", 256 * 256)
 
     def step(regularized):
         torch.manual_seed(0)

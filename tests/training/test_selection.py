@@ -107,7 +107,7 @@ def test_frozen_parameters_are_not_selected():
 def test_thawing_and_freezing_is_followed():
     trial = Trial("mlp")
     trial.model[0].requires_grad_(False)
-    regularizer = GradientRegularizer(trial.model, 0.1, 0.1)
+    regularizer = GradientRegularizer(trial.model, 0.1, 0.1, replay_check=False)
     regularizer.backward(trial.loss)
     trial.model[0].requires_grad_(True)
     regularizer.backward(trial.loss)
@@ -117,7 +117,7 @@ def test_thawing_and_freezing_is_followed():
 
 def test_a_replaced_layer_is_followed():
     trial = Trial("mlp")
-    regularizer = GradientRegularizer(trial.model, 0.1, 0.1)
+    regularizer = GradientRegularizer(trial.model, 0.1, 0.1, replay_check=False)
     regularizer.backward(trial.loss)
     trial.model[2] = nn.Linear(8, 3).double()
     regularizer.backward(trial.loss)
@@ -147,7 +147,7 @@ class Product(nn.Module):
 def test_the_second_pass_skips_weight_gradients_outside_the_selection():
     problem = Problem(Product(), nn.LayerNorm(8), nn.Tanh(), Product())
     problem.batch = torch.randn(10, 8).double(), problem.batch[1]
-    regularizer = gradreg.sam(problem.model, RHO, include=nn.LayerNorm)
+    regularizer = gradreg.sam(problem.model, RHO, include=nn.LayerNorm, replay_check=False)
     with FlopCounterMode(display=False) as counter:
         regularizer.backward(problem.loss)
     # Products of equal size: forward, two; backward, two for weights and one for the inputs of the last layer.
