@@ -1,12 +1,7 @@
-"""Interrupts at any line: Ctrl-C, a signal, a full memory. The weights are θ, in place, and the next step is right.
-
-An exception is raised at the k-th line that runs inside the engine, for many k: a tracer counts lines of
-`gradreg/training`. What holds afterwards is the same wherever it struck.
-"""
+"""Interrupts by real signals at random moments: the weights are θ, in place, and the next step is right."""
 
 import random
 import signal
-import sys
 import threading
 from pathlib import Path
 
@@ -26,32 +21,6 @@ NAMES = list(net().state_dict())
 
 class Interrupt(BaseException):
     """As KeyboardInterrupt: no `except Exception` stops it."""
-
-
-class AtLine:
-    """A context that raises `Interrupt` when the k-th line of the engine is about to run; counts them without k."""
-
-    def __init__(self, k=None):
-        self.k, self.lines = k, 0
-
-    def __enter__(self):
-        self._before = sys.gettrace()
-        sys.settrace(self._enter)
-        return self
-
-    def __exit__(self, *exception):
-        sys.settrace(self._before)
-
-    def _enter(self, frame, event, argument):
-        return self._line if frame.f_code.co_filename.startswith(ENGINE) else None
-
-    def _line(self, frame, event, argument):
-        if event == "line":
-            self.lines += 1
-            if self.lines == self.k:
-                sys.settrace(None)
-                raise Interrupt
-        return self._line
 
 
 # One step of each door. The first pass of door 2 is the caller's, before the interrupts begin.
@@ -167,11 +136,6 @@ def run_with(take, context, by_hand):
     return was_cut
 
 
-def sample(total, stride):
-    """Every `stride`-th line, and all of the first and last."""
-    return sorted({*range(1, total + 1, stride), *range(1, min(12, total)), *range(max(1, total - 25), total + 1)})
-
-
 @pytest.fixture(params=["pointing", "in place"])
 def branch(request, monkeypatch):
     if request.param == "in place":
@@ -181,17 +145,6 @@ def branch(request, monkeypatch):
 DOORS = ["backward", "perturbed", "closure"]
 
 
-@pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("part", range(7))
-@pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("options", [{"scheme": "backward"}, {"nonfinite": "first"}, {"cap": 1e9}], ids=str)
-@pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("door", ["backward", "closure"])
-@pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("name", ["first", "check", "displaced"])
-@pytest.mark.parametrize("door", ["backward", "closure"])
 # Real signals, at moments that no line of ours chooses.
 
 
