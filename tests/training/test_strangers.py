@@ -286,3 +286,18 @@ def test_a_tensor_outside_the_model_is_trained_as_in_a_plain_step():
         torch.set_rng_state(state)
         optimizer.step(closure)
         torch.testing.assert_close(outside.temperature, twin.temperature - 0.1 * twin.temperature.grad)
+
+
+@expects_warning
+@each_door
+def test_a_tensor_outside_the_model_keeps_the_first_gradient_after_steps_without_a_penalty(door):
+    model, loss = net(), Outside("temperature")
+    regularizer = regularizer_of(model, gamma=lambda at: 0.3 * (at == 2))
+    for _ in range(3):
+        model.load_state_dict(net().state_dict())
+        loss.temperature.grad = None
+        step(door, regularizer, loss)
+    alone = net()
+    torch.manual_seed(SEED)
+    first = torch.autograd.grad(loss(alone), loss.temperature)
+    assert_same([loss.temperature.grad], first)

@@ -195,7 +195,8 @@ class Engine:
             self.ranks.check_sync()
         self.watch.is_paused = True
         calls: list[Call] = [loss_fn] if batches is None else [partial(loss_fn, batch) for batch in batches]
-        door = Calls(self.ranks, self.anatomy.parameters, backward, grad_scale, self._is_reentrant is None)
+        is_first = self._is_reentrant is None or not self._strangers.has_looked  # γ may be 0 in the first steps
+        door = Calls(self.ranks, self.anatomy.parameters, backward, grad_scale, is_first)
         is_exact = self._method.scheme.is_exact and strength is not None
         parts = [calls]
         if strength is not None and isinstance(self._method.batch, Split):
