@@ -7,6 +7,7 @@ round, so that a slow moment of the machine falls on all. Each method has a mode
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import random
@@ -194,6 +195,7 @@ def peak_bytes(make: Callable[[], Step], device: torch.device = CPU) -> int:
 
     On the host the profiler's record of every allocation is added up; on a GPU the allocator counts.
     """
+    gc.collect()  # garbage of before would be given back while we count
     step = make()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
