@@ -8,9 +8,11 @@ so that nothing here waits for an accelerator. Those over one tensor, `squared` 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -60,14 +62,20 @@ def is_sharded(t: Tensor) -> bool:
 
 
 _PLAIN = {Tensor, Parameter}
+_KIND = attrgetter("dtype", "device", "layout")
 
 
-def any_sharded(tensors: Iterable[Tensor]) -> bool:
+def are_sharded(kinds: set[type]) -> bool:
+    """Whether tensors of these types are shards, any of them."""
     module = sys.modules.get("torch.distributed.tensor")
-    kinds = {*map(type, tensors)}
     return module is not None and not kinds <= _PLAIN and any(issubclass(kind, module.DTensor) for kind in kinds)
 
 
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    return are_sharded({*map(type, tensors)})
+
+
+_ONE = torch.ones(())
 FEW = 2**18
 """Numbers up to which a list is copied into one vector: calls cost more than memory there."""
 
@@ -75,6 +83,34 @@ FEW = 2**18
 def are_few(tensors: Vectors) -> bool:
     """Whether a list is so small that one operation on a copy of all beats one operation on each."""
     return sum(map(Tensor.numel, tensors)) <= FEW
+
+
+def are_together(tensors: Vectors) -> bool:
+    """Whether one vector can hold them, and one operation on it beats one on each."""
+    return len(tensors) > 0 and {*map(type, tensors)} <= _PLAIN and are_few(tensors) and _are_alike(tensors)
+
+
+class Vector(list[Tensor]):
+    """Tensors that are read as one vector, and keep their copy in one piece.
+
+    Args:
+        tensors: not written to as long as `piece` is asked for.
+        together: what `are_together` said of those whose gradients these are; looking again costs as much as the copy.
+    """
+
+    __slots__ = ("piece",)
+
+    def __init__(self, tensors: Iterable[Tensor], together: bool | None = None) -> None:
+        super().__init__(tensors)
+        self.piece: Tensor | None = None
+        """All numbers in one tensor; None where they are many or mixed."""
+        if self and (are_together(self) if together is None else together) and {*map(type, self)} <= _PLAIN:
+            with contextlib.suppress(RuntimeError):  # a gradient may be sparse
+                self.piece = flat(self)
+
+
+def _piece(tensors: Vectors) -> Tensor | None:
+    return (tensors if isinstance(tensors, Vector) else Vector(tensors)).piece
 
 
 def flat(tensors: Vectors) -> Tensor:
@@ -90,9 +126,19 @@ def parts(vector: Tensor, like: Vectors) -> Vectors:
 def _are_alike(tensors: Vectors) -> bool:
     """Plain tensors of one real dtype on one device."""
     first = tensors[0]
-    if first.is_complex() or is_traced(first):
+    if first.is_complex() or is_traced(first) or first.layout is not torch.strided:
         return False
-    return len({(t.dtype, t.device, t.layout) for t in tensors}) == 1 and first.layout is torch.strided
+    return len({*map(_KIND, tensors)}) == 1
+
+
+def is_alone(t: Tensor) -> bool:
+    """Whether nobody but this very object can reach the memory of a tensor on the host."""
+    is_plain = type(t) in _PLAIN and t.is_cpu and t.layout is torch.strided and not t.is_inference()
+    if not is_plain or not t.is_contiguous():
+        return False
+    storage = t.untyped_storage()
+    count = getattr(torch._C, "_storage_Use_Count", lambda _: 0)(storage._cdata)  # with `storage` itself
+    return count == 2 and storage.nbytes() == t.numel() * t.element_size()
 
 
 def local(t: Any) -> Tensor:
@@ -168,11 +214,11 @@ def norm(tensors: Vectors) -> Tensor:
         groups = _by_layout(tensors)
         parts = [_part_of_sum(norm([local(t) for t in group]).square(), group[0]) for group in groups]
         return total([norm(plain).square(), *parts] if plain else parts).sqrt()
-    first = tensors[0]
-    if not _are_alike(tensors) or (first.is_cpu and not are_few(tensors)):
+    piece, first = _piece(tensors), tensors[0]
+    if piece is not None:
+        return squared(piece).sqrt() if first.is_cpu else torch.linalg.vector_norm(piece, dtype=wide(piece.dtype))
+    if first.is_cpu or not _are_alike(tensors):
         return total([squared(t) for t in tensors]).sqrt()
-    if first.is_cpu:
-        return squared(flat(tensors)).sqrt()
     lengths = _foreach_norm(list(tensors), 2, wide(first.dtype))
     return torch.linalg.vector_norm(torch.stack(lengths))
 
@@ -204,6 +250,14 @@ def has_direction(length: Scalar) -> bool | Tensor:
 
 def is_finite(x: Scalar) -> bool | Tensor:
     return x.isfinite() if isinstance(x, Tensor) else math.isfinite(x)
+
+
+def are_finite(tensors: Vectors) -> bool | Tensor:
+    """Whether all numbers of dense tensors of one kind are, in one sweep that copies nothing."""
+    found = torch.zeros((), device=tensors[0].device)
+    one = _ONE if found.is_cpu else torch.ones_like(found)
+    torch._amp_foreach_non_finite_check_and_unscale_(list(tensors), found, one)  # gradient scalers look so, too
+    return read(found) == 0
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
@@ -280,8 +334,8 @@ def square_and_distance(xs: Vectors, ys: Vectors) -> tuple[Tensor, Tensor]:
     if any_sharded(xs):
         both = total([_square_and_distance_of_part(x, y) for x, y in zip(xs, ys)])
         return both[0], both[1]
-    if are_few(xs) and _are_alike([*xs, *ys]):
-        x, y = flat(xs), flat(ys)
+    x, y = _piece(xs), _piece(ys)
+    if x is not None and y is not None:
         return squared(y), squared(x.to(wide(x.dtype)) - y)
     pairs = [(x.to_dense(), y.to_dense()) for x, y in zip(xs, ys)]
     return total([squared(y) for _, y in pairs]), total([squared(x.to(wide(x.dtype)) - y) for x, y in pairs])

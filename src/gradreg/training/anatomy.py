@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain, combinations
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,9 +12,19 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore[reportAttributeAccessIssue]
 
 from gradreg import _vectors as vectors
+from gradreg.training.shards import sharded
 
 LARGE_MODEL = 2**24
 """Numbers (64 MB of float32) from which on memory is worth Python for each large parameter of a step."""
+
+Places = list[tuple[dict[str, Any], str, Tensor | None]]
+"""(owner, name, tensor) of buffers."""
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
+
+
+def _address(p: Tensor) -> Any:
+    return p.data_ptr() if type(p) is nn.Parameter else p.device
 
 
 def is_lazy(p: Tensor) -> bool:
@@ -30,10 +41,14 @@ class Anatomy:
 
     def _walk(self) -> None:
         self.modules: list[nn.Module] = list(self.model.modules())
+        self.sharded = sharded(self.modules)
         self.parameters: list[nn.Parameter] = list(self.model.parameters())
         self._children = [m._modules for m in self.modules if m._modules]
         self._owners = [m._parameters for m in self.modules if m._parameters]
-        self._buffers = [m._buffers for m in self.modules if m._buffers or not m._modules]
+        self._buffers = [m._buffers for m in self.modules]
+        self._buffer_ids: list[int] | None = None
+        self._places: Places = []
+        self._groups: list[list[Tensor]] = []
         self._seen = self._fingerprint()
         devices = {p.device for p in self.parameters if p.device.type not in ("cpu", "meta")}
         self.accelerators: list[torch.device] = sorted(devices, key=str)
@@ -41,13 +56,14 @@ class Anatomy:
 
     def _fingerprint(self) -> tuple[list[Any], ...]:
         """What changes when a module or parameter is added, replaced, moved, frozen or thawed."""
-        parameters = [p for p in chain.from_iterable(owner.values() for owner in self._owners) if p is not None]
+        parameters = [p for p in chain.from_iterable(map(dict.values, self._owners)) if p is not None]
+        is_plain = {*map(type, parameters)} <= {nn.Parameter}
         return (
-            [*map(id, chain.from_iterable(children.values() for children in self._children))],
+            [*map(id, chain.from_iterable(map(dict.values, self._children)))],
             [*map(len, self._owners)],
             [*map(id, parameters)],
-            [p.requires_grad for p in parameters],
-            [p.data_ptr() if type(p) is nn.Parameter else p.device for p in parameters],
+            [*map(_REQUIRES_GRAD, parameters)],
+            [*map(Tensor.data_ptr if is_plain else _address, parameters)],
         )
 
     def is_whole(self) -> bool:
@@ -61,9 +77,21 @@ class Anatomy:
         self._walk()
         return True
 
-    def buffers(self) -> list[tuple[dict[str, Any], str, Tensor | None]]:
-        """(owner, name, tensor) of every buffer, as they stand now."""
-        return [(owner, name, buffer) for owner in self._buffers for name, buffer in owner.items()]
+    def buffers(self) -> tuple[Places, list[list[Tensor]]]:
+        """Every buffer as they stand now, and groups that one vector can hold; the same lists as long as they are."""
+        now = [*map(id, chain.from_iterable(map(dict.values, self._buffers)))]
+        if now != self._buffer_ids:
+            self._places = [(owner, name, buffer) for owner in self._buffers for name, buffer in owner.items()]
+            self._buffer_ids, self._groups = now, _by_kind({id(b): b for _, _, b in self._places if b is not None})
+        return self._places, self._groups
+
+
+def _by_kind(buffers: Mapping[int, Tensor]) -> list[list[Tensor]]:
+    groups: dict[Any, list[Tensor]] = {}
+    for key, buffer in buffers.items():
+        is_plain = buffer.layout is torch.strided and not vectors.is_sharded(buffer)
+        groups.setdefault((buffer.dtype, buffer.device) if is_plain else key, []).append(buffer)
+    return list(groups.values())
 
 
 def refuse_shared_memory(named: Mapping[str, nn.Parameter]) -> None:

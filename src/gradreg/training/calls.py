@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,18 +44,9 @@ def checked(loss: Any) -> Tensor:
     return loss
 
 
-@contextmanager
-def explaining_kept_graphs() -> Iterator[None]:
-    """Around a displaced pass: say what torch's error about a graph that is gone means here."""
-    try:
-        yield
-    except RuntimeError as error:
-        explain_kept_graph(error)
-        raise
-
-
 def explain_kept_graph(error: BaseException | None) -> None:
-    """
+    """Say what torch's error about a graph that is gone means in a displaced pass.
+
     Raises:
         RuntimeError: where `error` is torch's about a graph that is gone.
     """
@@ -105,9 +95,10 @@ class Calls:
 
     def _window(self, calls: Sequence[Call]) -> Iterator[Call]:
         """Ranks average gradients in the last."""
-        for k, call in enumerate(calls, 1):
-            with self._ranks.micro_batch(is_last=k == len(calls)):
+        for call in calls[:-1]:
+            with self._ranks.quiet():
                 yield call
+        yield calls[-1]
 
     def _differentiate(self, call: Call, before_backward: BeforeBackward | None) -> Tensor:
         loss = checked(call())
@@ -149,12 +140,15 @@ class Calls:
         self, calls: Sequence[Call], before_backward: BeforeBackward, inputs: Sequence[Tensor] | None
     ) -> None:
         """The displaced passes of a window; gradients of `inputs` alone, if given."""
-        with explaining_kept_graphs():
+        try:
             for call in self._window(calls):
                 loss = call()
                 if loss.requires_grad:  # else: nothing selected takes part in the displaced pass
                     before_backward(loss)
                     loss.backward(inputs=inputs) if inputs else self._backward(loss)
+        except RuntimeError as error:
+            explain_kept_graph(error)
+            raise
 
     def ask(self, calls: Sequence[Call]) -> list[Tensor]:
         """The losses once more, without a backward pass."""
@@ -216,14 +210,16 @@ class Closure:
 
     def run_again(self, calls: Sequence[Call], before_backward: BeforeBackward, inputs: Any) -> None:
         del before_backward, inputs
-        with explaining_kept_graphs():
-            calls[0]()
+        self.ask(calls)
         if all(p.grad is None for p in (*self._selected, *self._owned)):
             raise ValueError("closure left no gradient in its second call: it must run a backward pass in each.")
 
     def ask(self, calls: Sequence[Call]) -> list[Any]:
-        with explaining_kept_graphs():
+        try:
             return [calls[0]()]
+        except RuntimeError as error:
+            explain_kept_graph(error)
+            raise
 
     def scale(self) -> float:
         return 1.0

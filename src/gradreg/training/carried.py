@@ -25,15 +25,23 @@ class Carried:
         self.directions = Directions(method.ascent)
         self.ahead = None if method.at is None else Directions(method.at.direction, moves_all=True)
         self.test = None if when is None else RunningTest(when)
+        self._last: tuple[Schedule, Schedule] | None = None  # its γ and ε, where they were numbers
+        self.strength: Strength | None = None  # of the last step
         self.dial: Dial | None = None
         self._turn_to(gamma)
         self._was_active = self._asks_ratio = False  # of the step at hand
 
     def strength_at(self, gamma: Schedule, epsilon: Schedule, step: int) -> Strength | None:
         """γ and ε of a step that begins; None where γ is 0."""
+        are_numbers = not (callable(gamma) or callable(epsilon))
+        if are_numbers and self._last == (gamma, epsilon):  # checked before
+            return self.strength
         self._turn_to(gamma)
         if self.dial is None:
-            return strength_at(gamma, epsilon, step)
+            self.strength = strength_at(gamma, epsilon, step)
+            self._last = (gamma, epsilon) if are_numbers else None
+            return self.strength
+        self._last = None
         strength = self.dial.strength_at(gamma, epsilon, step)
         self._was_active = strength is not None
         self._asks_ratio = self._was_active and self.dial.is_due
@@ -56,6 +64,10 @@ class Carried:
         if self.dial is not None and self._was_active:
             ratio = self.diagnostics.last_ratio if self._asks_ratio else None
             self.dial.follow(None if ratio is None else ranks.mean(ratio))
+
+    @property
+    def remembers(self) -> bool:
+        return self._remembering is not None
 
     @property
     def _remembering(self) -> Directions | None:

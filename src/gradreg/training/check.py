@@ -57,7 +57,7 @@ class State:
     def __init__(self, roots: Sequence[Any], anatomy: Anatomy) -> None:
         self._roots, self._anatomy = roots, anatomy
         trained = {id(p) for p in anatomy.parameters if p.requires_grad}
-        replayed = {id(b) for _, _, b in anatomy.buffers()} | trained
+        replayed = {id(b) for _, _, b in anatomy.buffers()[0]} | trained
         self._found: dict[str, Any] = {}
         self._kept: list[Any] = []  # an address that is given back may be used again
         seen: set[int] = set()

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -42,19 +43,26 @@ def take(parameters: Sequence[Tensor], copies_views: bool = False) -> list[Tenso
     taken = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
-    if vectors.any_sharded(g for g in taken if g is not None):
+    kinds = {*map(type, taken)}
+    if vectors.are_sharded(kinds):
         taken = [None if g is None else vectors.laid_out(g, p) for g, p in zip(taken, parameters)]
+    # References of this list and of the call. Whoever holds another may write there in the next pass.
+    held = [*map(_IS_HELD, map(sys.getrefcount, taken))]
+    if kinds <= _USUAL and not any(held) and not any(map(_REQUIRES_GRAD, taken)) and not copies_views:
+        return taken
     for i in range(len(taken)):
-        # Two references are this list and the call. Whoever holds another may write there in the next pass.
-        is_held = sys.getrefcount(taken[i]) > 2
         g = taken[i]
         if g is None:
             continue
         if g.requires_grad:  # the user's backward pass made a graph of its own
             taken[i] = g = g.detach()
-        if is_held or (copies_views and is_view(g)):
+        if held[i] or (copies_views and is_view(g)):
             taken[i] = g.clone()
     return taken
+
+
+_USUAL = {Tensor}
+_REQUIRES_GRAD, _IS_HELD = attrgetter("requires_grad"), (2).__lt__
 
 
 def give(parameters: Sequence[Tensor], gradients: Gradients) -> None:
@@ -93,6 +101,9 @@ def combine(
     second, weight = passes[0]
     if len(passes) > 1 or cap is not None or fall_back:
         return add_penalty(first, _differences(first, passes), norm, second if wanted else None, cap, fall_back)
+    together = None if arrived is not None else _combine_together(first, second, weight, norm, wanted)
+    if together is not None:
+        return together
     done = set() if arrived is None else arrived.indices
     xs = [None if i in done else g for i, g in enumerate(first)]
     ys = [None if i in done else g for i, g in enumerate(second)]
@@ -110,6 +121,26 @@ def combine(
     else:
         combined = [_added(x, d, 1.0) for x, d in zip(xs, _differences(xs, [(ys, weight)]))]
     return [second[i] if i in done else g for i, g in enumerate(combined)], _measured(norm, weight, square, distance)
+
+
+def _combine_together(
+    first: Gradients, second: Gradients, weight: float, norm: Tensor, wanted: bool
+) -> tuple[list[Tensor | None], Measured] | None:
+    """In the usual case of a small model, all gradients there and alike; None otherwise."""
+    if not isinstance(first, vectors.Vector) or first.piece is None or not {*map(type, second)} <= _USUAL:
+        return None
+    if len({*map(id, first)}) < len(first):
+        return None
+    try:
+        measured = Measured(vectors.are_finite(second))  # type: ignore[arg-type]
+    except RuntimeError:  # sparse, or several numbers in one place
+        return None
+    if wanted:
+        there = vectors.Vector(second, together=True)  # type: ignore[arg-type]
+        measured = _measured(norm, weight, *vectors.square_and_distance(first, there))
+    if weight != 1:
+        torch._foreach_lerp_(first, second, weight)  # pyright: ignore[reportPrivateImportUsage]
+    return list(second if weight == 1 else first), measured
 
 
 def _are_usual(first: Gradients, second: Gradients) -> bool:

@@ -30,7 +30,7 @@ class Diagnostics:
 
     def __init__(self) -> None:
         self.counts: tuple[Tensor | int, Tensor | int] = (0, 0)  # active and skipped steps
-        self._grad_norm = _UNKNOWN
+        self._grad_norm: tuple[Tensor, float | Tensor] = _UNKNOWN, 1.0
         self._ratio = _UNKNOWN
         self._cosine = _UNKNOWN
         self._realized = Realized(_UNKNOWN, _UNKNOWN)
@@ -46,12 +46,15 @@ class Diagnostics:
         active, skipped = self.counts
         return active + is_active, skipped + (1 - is_active)
 
-    def record(self, grad_norm: Tensor, measured: Measured | None, share: float = 1.0) -> None:
-        """Keep the measurements of a step on a share of the batch; None where ĝ = g1, without a second pass."""
-        self._grad_norm = grad_norm
+    def record(self, norm: Tensor, scale: float | Tensor, measured: Measured | None, share: float = 1.0) -> None:
+        """Keep the measurements of a step on a share of the batch; None where ĝ = g1, without a second pass.
+
+        `norm` is ‖scale · g1‖; it is divided when somebody reads.
+        """
+        self._grad_norm = norm, scale
         self.last_ratio = None
         if measured is None:
-            self._ratio, self._cosine = grad_norm * 0, _UNKNOWN
+            self._ratio, self._cosine = norm * 0, _UNKNOWN
         elif measured.ratio is not None:
             self._ratio = self.last_ratio = share * measured.ratio
             if vectors.is_readable(self._ratio):
@@ -102,8 +105,9 @@ class Diagnostics:
         self._warn_if_lost()
         self._warn_if_strong()
         active, skipped = self.counts
+        norm, scale = self._grad_norm
         return {
-            "grad_norm": self._grad_norm,
+            "grad_norm": norm / scale,
             "penalty_ratio": self._ratio,
             "cosine": self._cosine,
             "realized": self._realized,

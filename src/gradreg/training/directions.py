@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradreg import _vectors as vectors
-from gradreg.functional.ascents import ASCENTS, Ascent, Normalized, Scale, resolve_ascent
+from gradreg.functional.ascents import ASCENTS, Ascent, Gradient, Normalized, Scale, resolve_ascent
 from gradreg.training.schedule import Schedule, check_number, value_at
 
 BUFFERS = ("momentum_buffer", "exp_avg")
@@ -214,13 +214,15 @@ class Directions:
     def find(
         self,
         named: Mapping[str, nn.Parameter],
-        gradients: Sequence[Tensor | None],
+        parameters: Sequence[nn.Parameter],
+        gradients: Sequence[Tensor],
         grad_scale: Scale,
         norm: vectors.Scalar | None = None,
-    ) -> tuple[list[nn.Parameter], Sequence[Tensor], Scale]:
+    ) -> tuple[Sequence[nn.Parameter], Sequence[Tensor], Scale]:
         """The parameters that move, and d = scale · vectors.
 
-        `gradients` holds `grad_scale` · ∇L, of length `norm` if that was taken; it is not looked at where d is known.
+        `gradients` holds `grad_scale` · ∇L of `parameters`, of length `norm` if that was taken; neither is looked at
+        where d is known, which is then made of the vectors of `named`.
         """
         ascent = self._ascent
         if isinstance(ascent, (Momentum, Previous)):
@@ -232,13 +234,13 @@ class Directions:
                 found = {p: found[p] if p in found else torch.zeros_like(p) for p in named.values()}
             scale = ascent.sign * vectors.reciprocal(length)
             return list(found), list(found.values()), scale
-        moving = [(p, g) for p, g in zip(named.values(), gradients) if g is not None]
-        parameters, present = [p for p, _ in moving], [g for _, g in moving]
-        if not present:
+        if not gradients:
             return [], [], 0.0
+        if type(ascent) is Gradient:
+            return parameters, gradients, 1.0 / grad_scale
         if type(ascent) is Normalized and norm is not None:  # taken once, and among ranks communicated once
-            return parameters, present, vectors.safe_reciprocal(norm)
-        direction, scale = ascent([p.data for p in parameters], present, grad_scale)
+            return parameters, gradients, vectors.safe_reciprocal(norm)
+        direction, scale = ascent([p.data for p in parameters], gradients, grad_scale)
         if type(ascent) not in _OURS:
             _check_direction(ascent, parameters, direction)
         return parameters, direction, scale

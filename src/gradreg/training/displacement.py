@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
 from gradreg import _vectors as vectors
+from gradreg.training.anatomy import Anatomy
 from gradreg.training.shards import reshard
 
-_GUARD = "gradreg"
+_GUARD, _HOOKS = "gradreg", "_state_dict_pre_hooks"
+_SHAPE = attrgetter("shape")
 LARGE = 2**18
 """Numbers (1 MB of float32) from which on one parameter of a large model is worth a hook."""
 
@@ -32,48 +36,55 @@ def _may_point_elsewhere(p: Tensor) -> bool:
     return plain and p.untyped_storage().nbytes() == p.numel() * p.element_size()
 
 
-class _Guarded(OrderedDict):
+class _Guard(OrderedDict):
     """The state dict hooks of a module whose weights are displaced: one more, which a copy of the module is without."""
 
-    def __init__(self, hooks: dict[Any, Any], displacement: Displacement) -> None:
-        super().__init__(hooks)
+    def __init__(self, displacement: Displacement, own: Mapping[Any, Any]) -> None:
+        super().__init__(own)
         self[_GUARD] = displacement.refuse_saving
-        self._hooks = hooks
+        self._own = own
         self._displacement = displacement
 
-    def without(self) -> dict[Any, Any]:
-        """The module's own, and what was registered meanwhile."""
-        if len(self) != len(self._hooks) + 1:
-            self._hooks.update((key, hook) for key, hook in self.items() if key != _GUARD)
-        return self._hooks
+    def take_registered(self) -> dict[Any, Any]:
+        """What was registered meanwhile."""
+        return {key: self.pop(key) for key in [*self] if key != _GUARD and key not in self._own}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self._hooks, memo)
+        return copy.deepcopy(OrderedDict(self._own), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         self._displacement.refuse_saving()
-        return self._hooks.__reduce_ex__(protocol)
+        return OrderedDict(self._own).__reduce_ex__(protocol)
 
 
 class Displacement:
     """Moves parameters and puts them back; owns the one extra copy.
 
-    Between `open` and `close` every `state_dict()` of the model raises. Opened once more, it moves on from where the
+    Between `open` and `close` every `state_dict()` of the model raises, and every optimizer that would move what is
+    displaced. Opened once more, it moves on from where the
     weights stand, in the same memory; the next `close` goes back there, by the same sum as before and thus bitwise.
     `close` may be interrupted and called again.
 
     Args:
+        anatomy: of the model.
         keeps_room: keep the copy from step to step; else it is given back with each parameter that is put back.
     """
 
-    def __init__(self, keeps_room: bool = True) -> None:
+    def __init__(self, anatomy: Anatomy, keeps_room: bool = True) -> None:
+        self._anatomy = anatomy
         self._keeps_room = keeps_room
-        self._places: list[tuple[nn.Parameter, int, torch.Size]] = []
+        self._parameters: Sequence[nn.Parameter] = ()
+        self._addresses: list[int] = []  # of their memory
+        self._shapes: list[torch.Size] = []
         self._copies: list[Tensor] = []
+        self._piece: Tensor | None = None  # in which all copies lie, where they are few and pointed at
         self._pointing: list[bool] = []
         self._true: list[Tensor] = []
-        self._guarded: list[nn.Module] = []
         self._modules: Sequence[nn.Module] = ()
+        self._owners: list[dict[str, Any]] = []  # modules that hold parameters
+        self._guards: list[_Guard] = []  # of those that have no state dict hooks of their own
+        self._hooks: list[Any] = []  # theirs
+        self._is_guarded = False
         self._base: tuple[vectors.Scalar, Sequence[Tensor]] | None = None  # the step and direction that led to a base
         self._moved_on: list[int] = []  # the parameters of a second move
 
@@ -83,13 +94,17 @@ class Displacement:
         return self._base is not None
 
     @property
+    def memory(self) -> list[Tensor]:
+        """The extra copy."""
+        return self._copies
+
+    @property
     def displaced(self) -> Sequence[nn.Parameter]:
         """The parameters that do not stand at θ."""
-        return [p for p, _, _ in self._places] if self._true else []
+        return self._parameters if self._true else ()
 
     def open(
         self,
-        modules: Sequence[nn.Module],
         parameters: Sequence[nn.Parameter],
         step: vectors.Scalar,
         direction: Sequence[Tensor],
@@ -99,7 +114,7 @@ class Displacement:
 
         `is_base`: the weights may move on from there, so `direction` is held until they are back.
         """
-        reshard(modules)
+        reshard(self._anatomy.sharded)
         if self._true:
             self._move_on(parameters, step, direction)
             return
@@ -109,18 +124,32 @@ class Displacement:
             in_place = [i for i, pointing in enumerate(self._pointing) if not pointing]
             vectors.copy_([self._copies[i] for i in in_place], [true[i] for i in in_place])
         self._base = (step, direction) if is_base else None
-        self._modules = modules
+        if self._modules is not self._anatomy.modules:
+            self._modules = self._anatomy.modules
+            self._owners = [m.__dict__ for m in self._modules if m._parameters]
+            self._hooks = [owner[_HOOKS] for owner in self._owners]
+            self._guards = [_Guard(self, {}) for _ in self._owners]
+        self._is_guarded = True
         self._true = true  # from here on `close` has something to put back
-        # register_state_dict_pre_hook, without a handle for each module: this runs in every step.
-        self._guarded = [m for m in modules if m._parameters]
-        for module in self._guarded:
-            if type(module._state_dict_pre_hooks) is not _Guarded:
-                module._state_dict_pre_hooks = _Guarded(module._state_dict_pre_hooks, self)
-        vectors.add_scaled(self._sources(), step, direction, out=self._targets())
+        # Hooks without their handles, which take longer: this runs in every step.
+        for owner, hooks, guard in zip(self._owners, self._hooks, self._guards):
+            owner[_HOOKS] = _Guard(self, hooks) if hooks else guard
+        _global_optimizer_pre_hooks[self] = self._refuse_step  # type: ignore[index]
+        self._displace(step, direction)
         for p, displaced, pointing in zip(parameters, self._copies, self._pointing):
             if pointing:
                 p.data = displaced
         torch.clear_autocast_cache()  # or autocast would serve low-precision copies of the weights of pass 1
+
+    def _displace(self, step: vectors.Scalar, direction: Sequence[Tensor]) -> None:
+        """The displaced weights, from the true ones; bitwise the same whenever it is asked."""
+        piece = direction.piece if isinstance(direction, vectors.Vector) else None
+        if self._piece is None or piece is None or isinstance(step, Tensor):
+            vectors.add_scaled(self._sources(), step, direction, out=self._targets())
+        elif step == 0:
+            self._piece.copy_(vectors.flat(self._true))
+        else:
+            torch.add(vectors.flat(self._true), piece, alpha=step, out=self._piece)
 
     def refuse_saving(self, *module: Any) -> None:
         if self._true:
@@ -128,6 +157,15 @@ class Displacement:
             raise RuntimeError(
                 f"{what} while its weights are displaced for the second pass would save θ + εd instead of θ. Save "
                 "after backward(), step() or the perturbed() block has ended."
+            )
+
+    def _refuse_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        del args, kwargs
+        displaced = set(map(id, self.displaced))
+        if any(id(p) in displaced for group in optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step() was called while the weights are displaced, and would be undone: "
+                "call it after the perturbed() block (mind the indentation), and not in the loss or closure."
             )
 
     def _sources(self) -> list[Tensor]:
@@ -139,7 +177,7 @@ class Displacement:
         return [c if pointing else t for c, t, pointing in zip(self._copies, self._true, self._pointing)]
 
     def _move_on(self, parameters: Sequence[nn.Parameter], step: vectors.Scalar, direction: Sequence[Tensor]) -> None:
-        places = {p: i for i, (p, _, _) in enumerate(self._places)}
+        places = {p: i for i, p in enumerate(self._parameters)}
         self._moved_on = [places[p] for p in parameters]
         targets = self._targets()
         moving = [targets[i] for i in self._moved_on]
@@ -161,14 +199,14 @@ class Displacement:
 
     def was_written(self) -> bool:
         """Whether somebody else has written to the weights since they were displaced by 0. Reads them."""
-        places = zip(self._places, self._sources(), self._targets())
-        return any(p.data_ptr() != t.data_ptr() or not (t.is_meta or torch.equal(t, s)) for (p, _, _), s, t in places)
+        places = zip(self._parameters, self._sources(), self._targets())
+        return any(p.data_ptr() != t.data_ptr() or not (t.is_meta or torch.equal(t, s)) for p, s, t in places)
 
     def put_back(self, i: int) -> None:
         """Put one parameter back before the others, and give its copy back; only without `keeps_room`."""
         if not self._true:
             return
-        p, true = self._places[i][0], self._true[i]
+        p, true = self._parameters[i], self._true[i]
         if self._pointing[i]:
             p.data = true
         else:
@@ -180,9 +218,9 @@ class Displacement:
         if to_base:
             if self._moved_on:
                 assert self._base is not None
-                vectors.add_scaled(self._sources(), *self._base, out=self._targets())
+                self._displace(*self._base)
                 self._moved_on = []
-                reshard(self._modules, after_error)
+                reshard(self._anatomy.sharded, after_error)
                 torch.clear_autocast_cache()
             return
         if self._true:
@@ -190,32 +228,38 @@ class Displacement:
                 kept = zip(self._true, self._copies, self._pointing)
                 pairs = [(t, c) for t, c, pointing in kept if not pointing and t is not c]
                 vectors.copy_([t for t, _ in pairs], [c for _, c in pairs])
-            for (p, address, _), true, pointing in zip(self._places, self._true, self._pointing):
+            for p, address, true, pointing in zip(self._parameters, self._addresses, self._true, self._pointing):
                 if pointing or p.data_ptr() != address:  # a forward may have given it other memory
                     p.data = true
-        for module in self._guarded:
-            hooks = module._state_dict_pre_hooks
-            if type(hooks) is _Guarded:
-                module._state_dict_pre_hooks = hooks.without()
+        if self._is_guarded:
+            for owner, hooks in zip(self._owners, self._hooks):
+                guard = owner[_HOOKS]
+                if len(guard) != len(hooks) + 1 and type(guard) is _Guard:
+                    hooks.update(guard.take_registered())
+                owner[_HOOKS] = hooks
+            self._is_guarded = False
+        _global_optimizer_pre_hooks.pop(self, None)  # type: ignore[call-overload]
         if self._true:
-            reshard(self._modules, after_error)
-        self._moved_on, self._base, self._guarded = [], None, []
+            reshard(self._anatomy.sharded, after_error)
+            torch.clear_autocast_cache()
+        self._moved_on, self._base = [], None
         if self._true and not self._keeps_room:
-            self._places, self._copies = [], []
+            self._parameters, self._copies, self._piece = (), [], None
         self._true = []
-        torch.clear_autocast_cache()
 
     def _make_room(self, parameters: Sequence[nn.Parameter], true: Sequence[Tensor]) -> None:
-        places = [(p, t.data_ptr(), t.shape) for p, t in zip(parameters, true)]
-        known = self._places
-        if len(places) == len(known) and all(
-            a[0] is b[0] and a[1] == b[1] and a[2] == b[2] for a, b in zip(places, known)
-        ):
+        addresses, shapes = [*map(Tensor.data_ptr, true)], [*map(_SHAPE, true)]
+        are_known = parameters is self._parameters or [*map(id, parameters)] == [*map(id, self._parameters)]
+        if are_known and addresses == self._addresses and shapes == self._shapes:
             return
-        self._places, self._copies = [], []  # what was there is given back first
-        self._copies = [torch.empty_like(t) for t in true]  # may fail for want of memory
+        self._parameters, self._copies, self._piece = (), [], None  # what was there is given back first
         self._pointing = [_may_point_elsewhere(p) for p in parameters]
-        self._places = places
+        if all(self._pointing) and all(map(Tensor.is_contiguous, true)) and vectors.are_together(true):
+            self._piece = vectors.flat(true)
+            self._copies = list(vectors.parts(self._piece, true))
+        else:
+            self._copies = [torch.empty_like(t) for t in true]  # may fail for want of memory
+        self._parameters, self._addresses, self._shapes = parameters, addresses, shapes
 
 
 class EarlyReturn:

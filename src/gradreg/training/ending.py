@@ -21,7 +21,7 @@ from torch import Tensor
 from gradreg import _vectors as vectors
 from gradreg.training.combination import Gradients, give
 from gradreg.training.displacement import Displacement
-from gradreg.training.replay import Buffers, Moment
+from gradreg.training.replay import Moment, Rewind
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGUSR1", "SIGUSR2", "SIGQUIT")
 _SIGNALS = [int(getattr(signal, name)) for name in _NAMES if hasattr(signal, name)]
@@ -50,7 +50,7 @@ class Ending:
     gradients: Gradients = ()
     targets: Sequence[Tensor] = ()
     sources: Sequence[Tensor] = ()
-    moment: Moment | Buffers | None = None
+    moment: Moment | Rewind | None = None
     is_success: bool = False
 
     def but(self, **changes: Any) -> Ending:

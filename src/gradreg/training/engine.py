@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gradreg import _vectors as vectors
 from gradreg.training import double_backward
@@ -29,7 +29,7 @@ from gradreg.training.displacement import Displacement, EarlyReturn
 from gradreg.training.ending import Ending, Endings
 from gradreg.training.plan import Method, Plan, plan_of
 from gradreg.training.ranks import Ranks
-from gradreg.training.replay import Buffers, Moment
+from gradreg.training.replay import Buffers, Moment, Rewind
 from gradreg.training.schedule import Strength
 from gradreg.training.second_pass import Mover, SecondPass
 from gradreg.training.selection import Selection, bare_class
@@ -51,7 +51,7 @@ class Step:
     strength: Strength | None
     parameters: list[Tensor]  # the selected ones, then all others whose gradients must not be touched
     old: list[Tensor | None]  # their gradients when it began
-    before: Moment | None = None
+    before: Moment | None = None  # the moment that its passes begin at, where they are ours
 
     def forget_old(self) -> None:
         """Hold only those that are views: they belong to somebody, who expects ĝ in them."""
@@ -84,15 +84,17 @@ class Engine:
         self._carried = carried
         self.anatomy = Anatomy(model)
         self.ranks = Ranks(model, ascent_sync, method.is_one_pass)
-        self.watch = Watch(self.anatomy)
-        self.displacement = Displacement(keeps_room=not (method.is_one_pass and self.anatomy.is_large))
+        self._rewind = Rewind(self.anatomy)
+        self.watch = Watch(self.anatomy, self._rewind)
+        self.displacement = Displacement(self.anatomy, keeps_room=not (method.is_one_pass and self.anatomy.is_large))
         self._endings = Endings(self.displacement, self._count)
         self._strangers = Strangers()
         self._block: Step | None = None  # of the second door
+        self._last_plan: tuple[Strength | None, Plan] | None = None
         self._averages: Averages | None = None
         self._is_reentrant: bool | None = None  # whether checkpoints run backward passes in one; not known yet
         self.is_check_due = self.watch.keeps_calls = checks_replay
-        mover = partial(Mover, self.anatomy, selection)
+        mover = partial(Mover, selection)
         self._mover = mover(carried.directions, self.displacement, carried.diagnostics)
         self._ahead = carried.ahead and mover(carried.ahead, self.displacement, carried.diagnostics, is_base=True)
         self._read()
@@ -102,6 +104,7 @@ class Engine:
         """What belongs to the model is found once, and again when it changes."""
         refuse_shared_memory(dict(self.anatomy.model.named_parameters()))
         self._parameters = self._selection.parameters
+        self._are_together = vectors.are_together(self._parameters)
         self._others = self._selection.others
 
     def follow(self) -> None:
@@ -116,14 +119,14 @@ class Engine:
         return self._endings.now is not None
 
     def _begin(
-        self, strength: Strength | None, moment: Moment, others: Sequence[Tensor] = (), leaves_old: bool = False
+        self, strength: Strength | None, before: Moment | None, others: Sequence[Tensor] = (), leaves_old: bool = False
     ) -> Step:
-        """From here on `end` is due, at a moment; if it breaks off without gradients, or with those that were there."""
+        """From here on `end` is due; if it breaks off without gradients, or with those that were there."""
         everything = [*self._parameters, *self._others, *others, *self._strangers.tensors]
-        step = Step(strength, everything, [p.grad for p in everything], moment)
+        step = Step(strength, everything, [p.grad for p in everything], before)
         left = step.old if leaves_old else [None] * len(everything)
-        self._endings.begin(self._ending(parameters=everything, gradients=left, moment=moment))
-        self._endings.hooks.append(register_optimizer_step_pre_hook(self._refuse_step))
+        self._endings.begin(self._ending(parameters=everything, gradients=left, moment=before or self._rewind))
+        self._endings.hooks.append(self._rewind)
         return step
 
     def _ending(self, **fields: Any) -> Ending:
@@ -133,21 +136,12 @@ class Engine:
         """A step whose gradients autograd adds by itself; after a failure there are none if there were none before."""
         none = [p for p in self._selection.all if p.grad is None]
         self._endings.begin(self._ending(parameters=none, gradients=[None] * len(none)))
-        self._endings.hooks.append(register_optimizer_step_pre_hook(self._refuse_step))
-
-    def _refuse_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        del args, kwargs
-        displaced = set(map(id, self.displacement.displaced))
-        if any(id(p) in displaced for group in optimizer.param_groups for p in group["params"]):
-            raise RuntimeError(
-                f"{type(optimizer).__name__}.step() was called while the weights are displaced, and would be undone: "
-                "call it after the perturbed() block (mind the indentation), and not in the loss or closure."
-            )
 
     def end(self) -> None:
         """Put everything back; once more does no harm."""
         self._endings.end()
         self._block = None
+        self._rewind.forget()
         self.watch.forget()
 
     def _count(self, ending: Ending) -> None:
@@ -165,17 +159,17 @@ class Engine:
         gradients = [p.grad for p in (self._parameters if step is None else step.parameters)]
         targets: list[Tensor] = []
         sources: list[Tensor] = []
-        with torch.no_grad():
-            for i, (g, before) in enumerate(zip(gradients, old)):
-                if before is None or g is before:
-                    continue
-                if g is not None and g.layout is before.layout is torch.strided:
-                    targets.append(before)
-                    sources.append(g)
-                gradients[i] = before if g is None or (targets and targets[-1] is before) else g
-        values = {id(t): s for t, s in zip(targets, sources)}
-        mine = [values.get(id(g), g) for g in gradients[: len(self._parameters)]]
-        self._carried.remember(self._selection.named, mine)
+        for i, (g, before) in enumerate(zip(gradients, old)):
+            if before is None or g is before:
+                continue
+            if g is not None and g.layout is before.layout is torch.strided:
+                targets.append(before)
+                sources.append(g)
+            gradients[i] = before if g is None or (targets and targets[-1] is before) else g
+        if self._carried.remembers:
+            values = {id(t): s for t, s in zip(targets, sources)}
+            mine = [values.get(id(g), g) for g in gradients[: len(self._parameters)]]
+            self._carried.remember(self._selection.named, mine)
         self._carried.follow(self.ranks)
         changes = {"parameters": ()} if step is None else {"gradients": gradients, "moment": None}
         self._will_end(is_success=True, step=self._carried.step + 1, targets=targets, sources=sources, **changes)
@@ -192,7 +186,7 @@ class Engine:
     ) -> list[Tensor]:
         """Add ĝ to `.grad`; the losses of the window, or of its parts."""
         if strength is not None and not self._method.is_one_pass:
-            self.ranks.check_sync()
+            self.ranks.check_sync(self.anatomy.sharded)
         self.watch.is_paused = True
         calls: list[Call] = [loss_fn] if batches is None else [partial(loss_fn, batch) for batch in batches]
         is_first = self._is_reentrant is None or not self._strangers.has_looked  # γ may be 0 in the first steps
@@ -205,7 +199,7 @@ class Engine:
         elif strength is not None and isinstance(self._method.batch, Fraction):
             first, rest, share = cut(loss_fn, batches or [], self._method.batch.share)
             parts, strength = [first, rest], replace(strength, share=share)
-        plan = plan_of(self._method, strength)
+        plan = self._plan(strength)
         if len(plan) == 1 and not is_exact:
             self._begin_alone()
             self._look_ahead()
@@ -219,12 +213,13 @@ class Engine:
             losses = self._exact(step, door, calls)
         else:
             losses = self._play(step, strength, plan, parts, door, (loss_fn, batches))
-        made = take(step.parameters)
-        with torch.no_grad():
-            for g, before in zip(made, step.old):
-                if g is not None and before is not None and g.layout is before.layout is torch.strided:
-                    g.add_(before)
-            give(step.parameters, [_sum(g, before) for g, before in zip(made, step.old)])
+        if {*map(type, step.old)} != {NoneType}:
+            made = take(step.parameters)
+            with torch.no_grad():
+                for g, before in zip(made, step.old):
+                    if g is not None and before is not None and g.layout is before.layout is torch.strided:
+                        g.add_(before)
+                give(step.parameters, [_sum(g, before) for g, before in zip(made, step.old)])
         self._succeed(step, step.old)
         return losses
 
@@ -238,9 +233,10 @@ class Engine:
         census = None if self._strangers.has_looked else Census()
         if census is not None and may_call and not replays_random_numbers:  # hosts know their scaler
             warn_of_scaler(grad_scale, census)
-        after = Moment(self.anatomy)
-        self._block = step = self._begin(strength, after)
-        known = [id(x) for x in (*step.old, *(buffer for _, _, buffer in self.anatomy.buffers()))]
+        self._rewind.start()
+        self._block = step = self._begin(strength, None)
+        known = [*map(id, (*step.old, *self.displacement.memory, *self._rewind.memory))]
+        known += [id(buffer) for _, _, buffer in self.anatomy.buffers()[0]]
         step.forget_old()
         leaves = () if census is None else census.tensors
         second = self._second_pass(step, strength or Strength(1.0, 1.0), grad_scale, leaves)
@@ -261,7 +257,6 @@ class Engine:
     def close_block(self, second: SecondPass) -> None:
         step, self._block = self._block, None
         assert step is not None
-        assert step.before is not None
         self.watch.finish_replay()
         if self._is_due and all(p.grad is None for p in step.parameters):
             raise ValueError("the perturbed() block ran no backward pass: run the passes of the first one again in it.")
@@ -275,7 +270,7 @@ class Engine:
             self._strangers.keep_met()
         self.displacement.close()
         counts = second.finish() if step.strength is not None else second.leave_first()
-        step.before.restore()
+        self._rewind.restore()
         if self._is_due:
             self.is_check_due = self.watch.keeps_calls = False
         self._will_end(counts=counts)
@@ -287,7 +282,7 @@ class Engine:
         self.watch.is_paused = True
         self._begin_alone()
         if strength is not None:
-            self._will_end(counts=self._run_ahead_of(strength.epsilon, (), 1.0, None))
+            self._will_end(counts=self._run_ahead_of(strength.epsilon))
 
     def close_one_pass(self, strength: Strength | None) -> None:
         self.displacement.close()
@@ -302,7 +297,7 @@ class Engine:
         """ĝ in `.grad`, by a closure that is called once for each pass; its loss at θ."""
         self.watch.is_paused = True
         door = Closure(self.ranks, owned, self._parameters)
-        plan = plan_of(self._method, strength)
+        plan = self._plan(strength)
         with torch.enable_grad():
             if len(plan) == 1:
                 self._begin_alone()
@@ -321,6 +316,11 @@ class Engine:
         return loss
 
     # The plan is played.
+
+    def _plan(self, strength: Strength | None) -> Plan:
+        if self._last_plan is None or self._last_plan[0] is not strength:
+            self._last_plan = strength, plan_of(self._method, strength)
+        return self._last_plan[1]
 
     def _look_ahead(self) -> None:
         """With `at`, all passes of a step from θ + ρd on."""
@@ -362,7 +362,7 @@ class Engine:
     def _run_ahead(self, door: Door, calls: Sequence[Call], strength: Strength, is_alone: bool) -> list[Any]:
         """A displaced pass on rows of its own: all of them, or those of a `Split`, which leave buffers as they were."""
         if is_alone:
-            counts = self._run_ahead_of(strength.epsilon, (), 1.0, None)
+            counts = self._run_ahead_of(strength.epsilon)
             early = None
             if isinstance(door, Calls) and len(calls) == 1 and self.anatomy.is_large:
                 early = EarlyReturn(self.displacement)
@@ -371,12 +371,13 @@ class Engine:
         else:
             buffers = Buffers(self.anatomy)
             lay_out_gradients(self._parameters)
-            gradients = [p.grad for p in self._parameters]
-            present = [g for g in gradients if g is not None]
+            moving = [p for p in self._parameters if p.grad is not None]
+            gradients = vectors.Vector((p.grad for p in moving), self._are_together)  # type: ignore[misc]
             norm = None
             if not self._carried.directions.are_known:
-                norm = vectors.read(vectors.norm(present)) if present else 0.0
-            counts = self._run_ahead_of(strength.epsilon, gradients, (1 - strength.ratio) * door.scale(), norm)
+                norm = vectors.read(vectors.norm(gradients)) if gradients else 0.0
+            scale = (1 - strength.ratio) * door.scale()
+            counts = self._run_ahead_of(strength.epsilon, moving, gradients, scale, norm)
             losses = door.run(calls)
             buffers.restore()
         self.displacement.close()
@@ -384,10 +385,15 @@ class Engine:
         return losses
 
     def _run_ahead_of(
-        self, radius: float, gradients: Gradients, scale: float | Tensor, norm: vectors.Scalar | None
+        self,
+        radius: float,
+        moving: Sequence[nn.Parameter] = (),
+        gradients: Sequence[Tensor] = (),
+        scale: float | Tensor = 1.0,
+        norm: vectors.Scalar | None = None,
     ) -> tuple[Any, Any]:
         """Displace for a pass that has no g1 to be measured against; the counters after it."""
-        factor = self._mover.move(radius, gradients, scale, norm)
+        factor = self._mover.move(radius, moving, gradients, scale, norm)
         diagnostics = self._carried.diagnostics
         diagnostics.is_wanted = diagnostics.is_wanted and factor is None
         if isinstance(factor, Tensor):
@@ -406,12 +412,12 @@ class Engine:
     ) -> None:
         """From g1 to ĝ, by displaced passes of rows that have run at θ."""
         assert step.before is not None
-        after = Moment(self.anatomy)
+        self._rewind.start()
         second = self._second_pass(step, strength, strength.share * door.scale(), self._leaves(door))
         if state is not None and second.is_needed:
             failing = self._endings.now
             self._will_end(gradients=second.untouched(step.old))
-            step.before.restore()
+            self._rewind.to(step.before)
             with self._weights_kept() as has_written, self.ranks.quiet():
                 answers = door.ask(calls)
             take(step.parameters)
@@ -421,7 +427,7 @@ class Engine:
         if self._passes_test(second):
             for node, weight in again:
                 second.displace(node)
-                step.before.restore()
+                self._rewind.to(step.before)
                 second.prepare(weight, self._endings)
                 self.watch.starts_again()
                 early = partial(second.combine_large_on_arrival, weight, self._endings)
@@ -430,7 +436,7 @@ class Engine:
                 self._collect(second, weight)
         self.watch.stops_again()
         counts = second.finish()
-        after.restore()
+        self._rewind.restore()
         self._will_end(counts=counts)
 
     def _leaves(self, door: Door) -> Sequence[Tensor]:
@@ -459,7 +465,8 @@ class Engine:
             scale,
             self.ranks,
             self._carried.diagnostics,
-            copies_views=any(g is not None for g in step.old),
+            copies_views={*map(type, step.old)} != {NoneType},
+            together=self._are_together,
             num_strangers=len(strangers),
             is_stage=self._check_stage(step.strength),
         )
@@ -504,7 +511,7 @@ class Engine:
         for note in self.watch.notes:
             if note.call is None or note.call[2] is None:
                 continue
-            note.moment.restore()
+            self._rewind.to(note.moment)
             args, kwargs, output = note.call
             state = State((self.anatomy.model, args, kwargs), self.anatomy)
             with torch.enable_grad(), self._weights_kept() as has_written, self.ranks.quiet():
@@ -521,7 +528,7 @@ class Engine:
         zeros = [torch.zeros((), dtype=p.dtype, device=p.device).expand_as(p) for p in parameters]
         has_base = self.displacement.has_base
         with torch.no_grad():
-            self.displacement.open(self.anatomy.modules, parameters, 0.0, zeros)
+            self.displacement.open(parameters, 0.0, zeros)
         written: list[bool] = []
         try:
             yield lambda: any(written)
@@ -543,14 +550,15 @@ class Engine:
             losses = [loss.detach()]
         else:
             losses = door.run(calls)
-            scale, after = door.scale(), Moment(self.anatomy)
+            scale = door.scale()
+            self._rewind.start()
             lay_out_gradients(selected)
             kept = take(step.parameters)
             first = kept[: len(selected)]
-            step.before.restore()
+            self._rewind.to(step.before)
             product = double_backward.of_window(calls, selected, first, ascent, door.factors, scale)
             give(step.parameters, kept)
-            after.restore()
+            self._rewind.restore()
         first = [None if g is None else vectors.laid_out(g, p) for g, p in zip(first, selected)]
         product = [None if x is None else vectors.laid_out(x, p) for x, p in zip(product, selected)]
         present = [g for g in first if g is not None]
@@ -560,7 +568,7 @@ class Engine:
             combined, measured = add_penalty(first, penalty, norm, None, self._method.cap, self._method.fall_back)
         give(selected, combined)
         diagnostics = self._carried.diagnostics
-        diagnostics.record(norm / scale, measured)
+        diagnostics.record(norm, scale, measured)
         usable = vectors.has_direction(vectors.read(norm))
         self._will_end(counts=diagnostics.counted(measured.is_finite & usable))
         return losses

@@ -8,7 +8,7 @@ and only the second pass communicates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -31,7 +31,6 @@ class Ranks:
     """
 
     def __init__(self, model: nn.Module, ascent_sync: str, is_one_pass: bool = False) -> None:
-        self._model = model
         self._replicas = model if isinstance(model, DistributedDataParallel) else None
         self._meshes = {p.device_mesh for p in model.parameters() if vectors.is_sharded(p)}  # type: ignore[attr-defined]
         self.is_local = ascent_sync == "local" and _world_size() > 1
@@ -57,17 +56,16 @@ class Ranks:
         """Around forward and backward of the first pass, which a local ascent keeps from communicating."""
         return self.quiet() if self.is_local else nullcontext()
 
-    def micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of one micro-batch of a window: ranks communicate in the last."""
-        return nullcontext() if is_last else self.quiet()
-
-    def check_sync(self) -> None:
+    def check_sync(self, sharded: Sequence[Any]) -> None:
         """
+        Args:
+            sharded: the modules that FSDP2 has sharded.
+
         Raises:
             ValueError: gradients are kept from being averaged, and those that are put aside would never be.
         """
         held = self._replicas is not None and not self._replicas.require_backward_grad_sync
-        if held or keeps_gradients(self._model.modules()):
+        if held or keeps_gradients(sharded):
             raise ValueError(
                 "backward() runs two passes whose gradients must be averaged over the ranks, and the model is within "
                 "no_sync() or set_requires_gradient_sync(False): leave it out and hand over the micro-batches of the "
@@ -75,7 +73,7 @@ class Ranks:
             )
 
     def quiet(self) -> AbstractContextManager[None]:
-        """Around passes whose gradients nobody uses."""
+        """Around passes whose gradients nobody uses, or whose window goes on: ranks communicate in its last."""
         return nullcontext() if self._replicas is None else _no_sync(self._replicas)
 
     def agree(self, configuration: Callable[[], Mapping[str, str]]) -> None:

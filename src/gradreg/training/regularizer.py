@@ -35,7 +35,7 @@ from gradreg.training.schedule import (
     name_of,
 )
 from gradreg.training.selection import Rules, Selection
-from gradreg.training.shards import refuse_flattened, reshard
+from gradreg.training.shards import refuse_flattened, reshard, sharded
 from gradreg.training.together import check_step, check_together
 
 Call = Callable[[], Tensor]
@@ -138,7 +138,7 @@ class GradientRegularizer:
             check_supported(model)
         self.model = model
         refuse_flattened(model.modules())
-        reshard(model.modules())
+        reshard(sharded(model.modules()))
         self.selection = Selection(model, include, exclude)
         for known in (self._method.ascent, at.direction if at is not None else None):
             if isinstance(known, Momentum):
@@ -230,8 +230,9 @@ class GradientRegularizer:
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _strength(self) -> Strength | None:
+        before = self._carried.strength
         strength = self._carried.strength_at(self.gamma, self.epsilon, self.step)
-        if strength is not None:
+        if strength is not None and strength is not before:
             check_step(self._method, strength, self.step)
         return strength
 
@@ -310,7 +311,7 @@ class GradientRegularizer:
         engine = self._engine
         if engine.is_open:
             raise RuntimeError("a second pass of this regularizer is open: doors do not nest.")
-        reshard(engine.anatomy.modules)
+        reshard(engine.anatomy.sharded)
         engine.follow()
         engine.ranks.agree(self._configuration)
         return engine

@@ -7,13 +7,13 @@ wrong is written down in ending.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
 
 from gradreg import _vectors as vectors
 from gradreg.functional.ascents import Scale
-from gradreg.training.anatomy import Anatomy
 from gradreg.training.combination import Arrival, Gradients, combine, give, take
 from gradreg.training.diagnostics import Diagnostics
 from gradreg.training.directions import Directions
@@ -29,7 +29,6 @@ class Mover:
     """Sets the weights to where they stand + radius · d.
 
     Args:
-        anatomy: of the model.
         selection: the parameters that may move.
         directions: finds d.
         displacement: owns the extra copy of the weights.
@@ -39,14 +38,12 @@ class Mover:
 
     def __init__(
         self,
-        anatomy: Anatomy,
         selection: Selection,
         directions: Directions,
         displacement: Displacement,
         diagnostics: Diagnostics,
         is_base: bool = False,
     ) -> None:
-        self._anatomy = anatomy
         self._selection = selection
         self._directions = directions
         self._displacement = displacement
@@ -54,29 +51,34 @@ class Mover:
         self._is_base = is_base
 
     def move(
-        self, radius: float, gradients: Gradients = (), scale: Scale = 1.0, norm: vectors.Scalar | None = None
+        self,
+        radius: float,
+        parameters: Sequence[nn.Parameter] = (),
+        gradients: Sequence[Tensor] = (),
+        scale: Scale = 1.0,
+        norm: vectors.Scalar | None = None,
     ) -> vectors.Scalar | None:
         """The factor that d was taken by, 0 where it cannot be used; None where there is nothing to move.
 
-        `norm` is that of `gradients`, where d is made of them: one that is 0 or not finite moves nothing.
+        `gradients` are those of `parameters`, and `norm` is theirs, where d is made of them: one that is 0 or not
+        finite moves nothing.
         """
-        with torch.no_grad():
-            moving, direction, length = self._directions.find(self._selection.named, gradients, scale, norm)
-            if not moving:
-                return None
-            step = radius * length
-            if isinstance(norm, Tensor):
-                usable = (norm > 0) & (norm < torch.inf)
-                step = torch.where(usable, torch.as_tensor(step, dtype=norm.dtype, device=norm.device), 0.0)
-            elif norm is not None and not vectors.has_direction(norm):
-                step = 0.0
-            self._displacement.open(self._anatomy.modules, moving, step, direction, self._is_base)
-            low_precision = vectors.is_low_precision(moving)
-            # Of shards in every step: whether one rank has read must not decide what all ranks add up together.
-            wanted = self._diagnostics.is_wanted or vectors.any_sharded(moving)
-            if not self._is_base and (low_precision or wanted):
-                self._diagnostics.record_realized(self._displacement.applied(), step, direction, low_precision)
-            return step
+        moving, direction, length = self._directions.find(self._selection.named, parameters, gradients, scale, norm)
+        if not moving:
+            return None
+        step = radius * length
+        if isinstance(norm, Tensor):
+            usable = (norm > 0) & (norm < torch.inf)
+            step = torch.where(usable, torch.as_tensor(step, dtype=norm.dtype, device=norm.device), 0.0)
+        elif norm is not None and not vectors.has_direction(norm):
+            step = 0.0
+        self._displacement.open(moving, step, direction, self._is_base)
+        low_precision = vectors.is_low_precision(moving)
+        # Of shards in every step: whether one rank has read must not decide what all ranks add up together.
+        wanted = self._diagnostics.is_wanted or vectors.any_sharded(moving)
+        if not self._is_base and (low_precision or wanted):
+            self._diagnostics.record_realized(self._displacement.applied(), step, direction, low_precision)
+        return step
 
 
 class SecondPass:
@@ -94,6 +96,7 @@ class SecondPass:
         ranks: of this model.
         diagnostics: receives measurements and counts.
         copies_views: a gradient that is a view into something larger is copied.
+        together: what `vectors.are_together` says of the parameters.
         is_stage: g1 is that of a part of the model, and other processes run the pass whatever this one finds.
         num_strangers: how many of the others, at the end, may have nothing to do with this step.
     """
@@ -109,6 +112,7 @@ class SecondPass:
         ranks: Ranks,
         diagnostics: Diagnostics,
         copies_views: bool,
+        together: bool,
         num_strangers: int = 0,
         is_stage: bool = False,
     ) -> None:
@@ -124,13 +128,18 @@ class SecondPass:
         self._wanted = diagnostics.is_wanted or vectors.any_sharded(parameters)  # not by what one rank has read
         self._copies_views = copies_views or ranks.is_replicated
         self._first = take(parameters, self._copies_views)
-        strangers = others[len(others) - num_strangers :]
-        kept = take(others[: len(others) - num_strangers], self._copies_views)
-        self._kept = [*kept, *(t.grad for t in strangers)]  # the very tensors: they belong to somebody else
-        give(strangers, [None] * num_strangers)
-        present = [g for g in self._first if g is not None]
-        self._had = [g is not None for g in self._first]
-        self._norm = vectors.norm(present) if present else torch.zeros(())
+        self._kept: list[Tensor | None] = []
+        if others:
+            strangers = others[len(others) - num_strangers :]
+            kept = take(others[: len(others) - num_strangers], self._copies_views)
+            self._kept = [*kept, *(t.grad for t in strangers)]  # the very tensors: they belong to somebody else
+            give(strangers, [None] * num_strangers)
+        self._moving, present = parameters, self._first
+        if NoneType in {*map(type, present)}:
+            self._moving = [p for p, g in zip(parameters, present) if g is not None]
+            present = [g for g in present if g is not None]
+        self._present = vectors.Vector(present, together)  # type: ignore[arg-type]
+        self._norm = vectors.norm(self._present) if present else torch.zeros(())
         self._length = vectors.read(self._norm)
         self._usable = vectors.has_direction(self._length)
         self._passes: list[tuple[Gradients, float]] = []
@@ -142,7 +151,7 @@ class SecondPass:
 
         An accelerator is not asked, and ranks with gradients of their own must not part: there the passes run, masked.
         """
-        if not any(self._had):
+        if not self._moving:
             return False
         return self._ranks.is_local or self._is_stage or isinstance(self._usable, Tensor) or self._usable
 
@@ -162,17 +171,21 @@ class SecondPass:
         return float((self._norm / self._scale).square())
 
     def displace(self, node: float) -> None:
-        self._mover.move(node * self._strength.epsilon, self._first, self._scale, self._length)
+        self._mover.move(node * self._strength.epsilon, self._moving, self._present, self._scale, self._length)
 
     def prepare(self, weight: float, endings: Endings) -> None:
         """Before a displaced pass. Where ranks average ĝ and not g2, gradients meet before they are averaged."""
         is_alone = len(self._method.scheme.stencil) == 1 and not self._method.needs_whole
         if self._ranks.is_local:
-            self._arrival = Arrival(self._parameters, self._first, weight, all_sizes=True)
-            endings.hooks.append(self._arrival)
-        elif weight == 1 and is_alone and not self._wanted:
-            for i in range(len(self._first)):
-                self._first[i] = None  # ĝ is g2: g1 makes room for it
+            self._combine_on_arrival(weight, endings, all_sizes=True)
+        elif weight == 1 and is_alone and not self._wanted and self._present.piece is None:
+            self._first = [None] * len(self._first)  # ĝ is g2: g1 makes room for it
+            self._present.clear()
+
+    def _combine_on_arrival(self, weight: float, endings: Endings, all_sizes: bool) -> None:
+        self._present.clear()
+        self._arrival = Arrival(self._parameters, self._first, weight, all_sizes)
+        endings.hooks.append(self._arrival)
 
     def combine_large_on_arrival(self, weight: float, endings: Endings, loss: Tensor) -> None:
         """In a large model, before a backward pass of our own: g1 makes room for ĝ, parameter by parameter."""
@@ -180,8 +193,7 @@ class SecondPass:
         is_late = self._method.needs_whole or (self._ranks.is_replicated and self._diagnostics.is_wanted)
         untouched = all(p.grad is None for p in self._parameters)  # no backward pass ran within the loss
         if self._arrival is None and not is_late and untouched and len(self._method.scheme.stencil) == 1:
-            self._arrival = Arrival(self._parameters, self._first, weight, all_sizes=False)
-            endings.hooks.append(self._arrival)
+            self._combine_on_arrival(weight, endings, all_sizes=False)
             endings.hooks.append(_Dropping([p for p in self._others if p.numel() >= LARGE]))
 
     def collect(self, weight: float) -> None:
@@ -189,7 +201,7 @@ class SecondPass:
         if self._arrival is not None:
             self._arrival.remove()
         self._passes.append((take(self._parameters, self._copies_views), weight))
-        take(self._others)
+        give(self._others, [None] * len(self._others))
 
     def leave_first(self) -> tuple[Tensor | int, Tensor | int]:
         """Leave g1 in `.grad`, as if there had been no step; the counters as they were."""
@@ -203,28 +215,29 @@ class SecondPass:
         was_active: bool | Tensor = False
         if self._passes:
             cap = self._method.cap
-            with torch.no_grad():
-                combined, measured = combine(
-                    self._first,
-                    self._passes,
-                    self._norm,
-                    wanted=self._wanted,
-                    cap=None if cap is None else cap / share,
-                    fall_back=self._method.fall_back,
-                    arrived=self._arrival,
-                )
+            combined, measured = combine(
+                self._present if len(self._present) == len(self._first) else self._first,
+                self._passes,
+                self._norm,
+                wanted=self._wanted,
+                cap=None if cap is None else cap / share,
+                fall_back=self._method.fall_back,
+                arrived=self._arrival,
+            )
+            if NoneType in {*map(type, combined)}:
+                took_part = set(map(id, self._moving))
                 for i, p in enumerate(self._parameters):
-                    if combined[i] is None and self._had[i]:  # took part in the first pass only: g2 = 0
+                    if combined[i] is None and id(p) in took_part:  # in the first pass only: g2 = 0
                         combined[i] = torch.zeros_like(p)
-                if isinstance(self._length, Tensor) or self._is_stage:
-                    # ĝ = g2 would hide that g1 was not finite; times 1 is bitwise neutral.
-                    visible = torch.where(self._norm.isfinite(), 1.0, torch.nan)
-                    for group in vectors.by_kind([g for g in combined if g is not None]):
-                        torch._foreach_mul_(group, visible.to(group[0].device, group[0].dtype))  # type: ignore[attr-defined]
+            if isinstance(self._length, Tensor) or self._is_stage:
+                # ĝ = g2 would hide that g1 was not finite; times 1 is bitwise neutral.
+                visible = torch.where(self._norm.isfinite(), 1.0, torch.nan)
+                for group in vectors.by_kind([g for g in combined if g is not None]):
+                    torch._foreach_mul_(group, visible.to(group[0].device, group[0].dtype))  # type: ignore[attr-defined]
             was_active = measured.is_finite & self._usable
         give(self._parameters, combined)
         give(self._others, self._kept)
-        self._diagnostics.record(self._norm / self._scale, measured, share)
+        self._diagnostics.record(self._norm, self._scale, measured, share)
         return self._diagnostics.counted(was_active)
 
 

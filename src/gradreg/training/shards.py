@@ -39,16 +39,22 @@ def refuse_flattened(modules: Iterable[nn.Module]) -> None:
         )
 
 
-def reshard(modules: Iterable[nn.Module], after_error: bool = False) -> None:
+def sharded(modules: Iterable[nn.Module]) -> list[Any]:
+    """Those that FSDP2 has sharded."""
+    fsdp = _fsdp()
+    return [] if fsdp is None else [m for m in modules if isinstance(m, fsdp.FSDPModule)]
+
+
+def reshard(modules: Iterable[Any], after_error: bool = False) -> None:
     """FSDP2: give gathered weights back, so that the next forward gathers what the shards hold then.
 
     For moments between two passes. Costs a look at each module where nothing is gathered, and never communicates.
 
     Args:
-        modules: of the model; those that are not sharded are passed over.
+        modules: those that FSDP2 has sharded.
         after_error: a pass broke off, and left FSDP2 in the middle of it.
     """
-    for module in _sharded(modules):
+    for module in modules:
         if after_error and hasattr(module, "reset_iter_state"):  # torch 2.13; does for all below a root
             with contextlib.suppress(RuntimeError):  # not the root, or a rank that is gone
                 module.reset_iter_state()
@@ -57,19 +63,14 @@ def reshard(modules: Iterable[nn.Module], after_error: bool = False) -> None:
         module.reshard()
 
 
-def keeps_gradients(modules: Iterable[nn.Module]) -> bool:
-    """FSDP2: whether `set_requires_gradient_sync(False)` keeps gradients where no optimizer sees them."""
-    return any(not getattr(group, "reduce_grads", True) for m in _sharded(modules) for group in _groups(m))
+def keeps_gradients(modules: Iterable[Any]) -> bool:
+    """FSDP2: whether for one of its modules `set_requires_gradient_sync(False)` keeps gradients where no optimizer sees them."""
+    return any(not getattr(group, "reduce_grads", True) for m in modules for group in _groups(m))
 
 
 def _is_gathering(module: Any) -> bool:
     """Whether `unshard(async_op=True)` was called, and no forward has taken what it gathers."""
     return any(getattr(group, "_all_gather_result", None) is not None for group in _groups(module))
-
-
-def _sharded(modules: Iterable[nn.Module]) -> list[Any]:
-    fsdp = _fsdp()
-    return [] if fsdp is None else [m for m in modules if isinstance(m, fsdp.FSDPModule)]
 
 
 def _groups(module: Any) -> list[Any]:

@@ -22,7 +22,7 @@ from gradreg.training import pipeline
 from gradreg.training.anatomy import Anatomy
 from gradreg.training.check import is_same
 from gradreg.training.notices import warn
-from gradreg.training.replay import Moment
+from gradreg.training.replay import Moment, Rewind
 
 _ANOTHER_BATCH = (
     "the displaced pass gave the model another batch than the first pass: both must see the same data, or the penalty "
@@ -52,8 +52,9 @@ class Watch:
     counterpart: the next note of the same tensors, else the next one.
     """
 
-    def __init__(self, anatomy: Anatomy) -> None:
+    def __init__(self, anatomy: Anatomy, rewind: Rewind) -> None:
         self._anatomy = anatomy
+        self._rewind = rewind
         self.is_paused = False
         self.is_in_pipeline = False  # a stage of a pipeline has called the model
         self.keeps_calls = True  # until the replay was checked
@@ -188,7 +189,7 @@ class Watch:
             self.keep(self._last)  # gradients were made without a backward pass (torch.func)
         first = next((n for n in self.notes if n.number > self._cleared), None)
         if first is not None:  # already here: an activation checkpoint around the model looks before we do
-            first.moment.restore()
+            self._rewind.to(first.moment)
             self._start = first.moment if compares_random_numbers else None
 
     def _replay(self, position: int, identity: list[tuple[int, int]], args: Any, kwargs: Any) -> None:
@@ -210,7 +211,7 @@ class Watch:
             if is_other or found.shapes != _shapes((args, kwargs)):
                 raise ValueError(_ANOTHER_BATCH)
             if position == 0:
-                found.moment.restore()
+                self._rewind.to(found.moment)
             else:  # buffers go on from where this pass has brought them, as in one that is replayed whole
                 found.moment.random.restore()
             self._position = self.notes.index(found) + 1
