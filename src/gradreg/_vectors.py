@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import (
@@ -88,6 +88,18 @@ def are_few(tensors: Vectors) -> bool:
 def are_together(tensors: Vectors) -> bool:
     """Whether one vector can hold them, and one operation on it beats one on each."""
     return len(tensors) > 0 and {*map(type, tensors)} <= _PLAIN and are_few(tensors) and _are_alike(tensors)
+
+
+class Kind(NamedTuple):
+    """What a list of tensors is, which stays as long as it does; looking again costs as much as a pass over it."""
+
+    are_together: bool  # one vector can hold them, and one operation on it beats one on each
+    are_low_precision: bool  # any of them holds fewer digits than float32
+    are_sharded: bool  # any of them is a DTensor
+
+
+def kind_of(tensors: Vectors) -> Kind:
+    return Kind(are_together(tensors), is_low_precision(tensors), any_sharded(tensors))
 
 
 class Vector(list[Tensor]):
@@ -256,7 +268,8 @@ def are_finite(tensors: Vectors) -> bool | Tensor:
     """Whether all numbers of dense tensors of one kind are, in one sweep that copies nothing."""
     found = torch.zeros((), device=tensors[0].device)
     one = _ONE if found.is_cpu else torch.ones_like(found)
-    torch._amp_foreach_non_finite_check_and_unscale_(list(tensors), found, one)  # gradient scalers look so, too
+    look = torch._amp_foreach_non_finite_check_and_unscale_  # pyright: ignore[reportPrivateImportUsage]
+    look(list(tensors), found, one)  # as gradient scalers do, with a scale of 1
     return read(found) == 0
 
 

@@ -58,8 +58,7 @@ class Block:
                 self._require_first_pass(engine)
                 self._second = engine.open_block(strength, self._grad_scale, self._replays, self._may_call)
         except BaseException:
-            regularizer._leave(engine)
-            self._engine = None
+            self._end(engine)
             raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
@@ -73,8 +72,14 @@ class Block:
             elif kind is None and self._second is not None:
                 engine.close_block(self._second)
         finally:
-            self._regularizer._leave(engine)
-            self._engine = None
+            self._end(engine)
+
+    def _end(self, engine: Engine) -> None:
+        try:
+            engine.end()
+        finally:  # an interrupt may strike in the first
+            engine.end()
+        self._engine = None
 
     def __del__(self) -> None:
         if self._engine is not None:  # entered and never left; else there is nothing to do

@@ -139,7 +139,7 @@ def _combine_together(
         there = vectors.Vector(second, together=True)  # type: ignore[arg-type]
         measured = _measured(norm, weight, *vectors.square_and_distance(first, there))
     if weight != 1:
-        torch._foreach_lerp_(first, second, weight)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_lerp_(first, second, weight)  # type: ignore[arg-type]
     return list(second if weight == 1 else first), measured
 
 

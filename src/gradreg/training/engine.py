@@ -104,7 +104,7 @@ class Engine:
         """What belongs to the model is found once, and again when it changes."""
         refuse_shared_memory(dict(self.anatomy.model.named_parameters()))
         self._parameters = self._selection.parameters
-        self._are_together = vectors.are_together(self._parameters)
+        self._kind = vectors.kind_of(self._parameters)
         self._others = self._selection.others
 
     def follow(self) -> None:
@@ -326,7 +326,7 @@ class Engine:
         """With `at`, all passes of a step from θ + ρd on."""
         radius = 0.0 if self._method.at is None else self._method.at.radius(self._carried.step)
         if self._ahead is not None and radius != 0:
-            self._ahead.move(radius)
+            self._ahead.move(self._kind, radius)
 
     def _play(
         self,
@@ -372,7 +372,7 @@ class Engine:
             buffers = Buffers(self.anatomy)
             lay_out_gradients(self._parameters)
             moving = [p for p in self._parameters if p.grad is not None]
-            gradients = vectors.Vector((p.grad for p in moving), self._are_together)  # type: ignore[misc]
+            gradients = vectors.Vector((p.grad for p in moving), self._kind.are_together)  # type: ignore[misc]
             norm = None
             if not self._carried.directions.are_known:
                 norm = vectors.read(vectors.norm(gradients)) if gradients else 0.0
@@ -393,7 +393,7 @@ class Engine:
         norm: vectors.Scalar | None = None,
     ) -> tuple[Any, Any]:
         """Displace for a pass that has no g1 to be measured against; the counters after it."""
-        factor = self._mover.move(radius, moving, gradients, scale, norm)
+        factor = self._mover.move(self._kind, radius, moving, gradients, scale, norm)
         diagnostics = self._carried.diagnostics
         diagnostics.is_wanted = diagnostics.is_wanted and factor is None
         if isinstance(factor, Tensor):
@@ -466,7 +466,7 @@ class Engine:
             self.ranks,
             self._carried.diagnostics,
             copies_views={*map(type, step.old)} != {NoneType},
-            together=self._are_together,
+            kind=self._kind,
             num_strangers=len(strangers),
             is_stage=self._check_stage(step.strength),
         )

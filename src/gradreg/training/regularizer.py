@@ -224,9 +224,12 @@ class GradientRegularizer:
             raise ValueError("batches must hold at least one micro-batch, got none.")
         engine = self._enter()
         try:
-            losses = engine.step_of_calls(loss_fn, batches, self._strength(), backward, grad_scale)
-        finally:
-            self._leave(engine)
+            try:
+                losses = engine.step_of_calls(loss_fn, batches, self._strength(), backward, grad_scale)
+            finally:
+                engine.end()
+        finally:  # an interrupt may strike in the first
+            engine.end()
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _strength(self) -> Strength | None:
@@ -290,12 +293,15 @@ class GradientRegularizer:
         self._refuse_division("step(closure)")
         engine = self._enter()
         try:
-            known = set(map(id, self.selection.all))
-            owned = self.selection.all if owned is None else owned
-            others = [p for p in owned if id(p) not in known]
-            return engine.step_of_closure(closure, owned, others, self._strength())
-        finally:
-            self._leave(engine)
+            try:
+                known = set(map(id, self.selection.all))
+                owned = self.selection.all if owned is None else owned
+                others = [p for p in owned if id(p) not in known]
+                return engine.step_of_closure(closure, owned, others, self._strength())
+            finally:
+                engine.end()
+        finally:  # an interrupt may strike in the first
+            engine.end()
 
     # What the doors share.
 
@@ -307,7 +313,7 @@ class GradientRegularizer:
             )
 
     def _enter(self) -> Engine:
-        """A step begins: refuses to be entered twice. `_leave` is due from here on."""
+        """A step begins: refuses to be entered twice. `Engine.end` is due from here on."""
         engine = self._engine
         if engine.is_open:
             raise RuntimeError("a second pass of this regularizer is open: doors do not nest.")
@@ -315,13 +321,6 @@ class GradientRegularizer:
         engine.follow()
         engine.ranks.agree(self._configuration)
         return engine
-
-    def _leave(self, engine: Engine) -> None:
-        """Put back what is due; twice, since an interrupt may strike in the first."""
-        try:
-            engine.end()
-        finally:
-            engine.end()
 
     def _configuration(self) -> dict[str, str]:
         """What ranks must agree on, as text."""

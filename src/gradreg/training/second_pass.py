@@ -52,6 +52,7 @@ class Mover:
 
     def move(
         self,
+        kind: vectors.Kind,
         radius: float,
         parameters: Sequence[nn.Parameter] = (),
         gradients: Sequence[Tensor] = (),
@@ -60,7 +61,7 @@ class Mover:
     ) -> vectors.Scalar | None:
         """The factor that d was taken by, 0 where it cannot be used; None where there is nothing to move.
 
-        `gradients` are those of `parameters`, and `norm` is theirs, where d is made of them: one that is 0 or not
+        `kind` is that of the selected parameters. `gradients` are those of `parameters`, and `norm` is theirs, where d is made of them: one that is 0 or not
         finite moves nothing.
         """
         moving, direction, length = self._directions.find(self._selection.named, parameters, gradients, scale, norm)
@@ -73,11 +74,11 @@ class Mover:
         elif norm is not None and not vectors.has_direction(norm):
             step = 0.0
         self._displacement.open(moving, step, direction, self._is_base)
-        low_precision = vectors.is_low_precision(moving)
         # Of shards in every step: whether one rank has read must not decide what all ranks add up together.
-        wanted = self._diagnostics.is_wanted or vectors.any_sharded(moving)
-        if not self._is_base and (low_precision or wanted):
-            self._diagnostics.record_realized(self._displacement.applied(), step, direction, low_precision)
+        wanted = self._diagnostics.is_wanted or kind.are_sharded or kind.are_low_precision
+        if not self._is_base and wanted:
+            applied = self._displacement.applied()
+            self._diagnostics.record_realized(applied, step, direction, kind.are_low_precision)
         return step
 
 
@@ -96,7 +97,7 @@ class SecondPass:
         ranks: of this model.
         diagnostics: receives measurements and counts.
         copies_views: a gradient that is a view into something larger is copied.
-        together: what `vectors.are_together` says of the parameters.
+        kind: of the parameters.
         is_stage: g1 is that of a part of the model, and other processes run the pass whatever this one finds.
         num_strangers: how many of the others, at the end, may have nothing to do with this step.
     """
@@ -112,7 +113,7 @@ class SecondPass:
         ranks: Ranks,
         diagnostics: Diagnostics,
         copies_views: bool,
-        together: bool,
+        kind: vectors.Kind,
         num_strangers: int = 0,
         is_stage: bool = False,
     ) -> None:
@@ -125,9 +126,10 @@ class SecondPass:
         self._ranks = ranks
         self._diagnostics = diagnostics
         self._is_stage = is_stage
-        self._wanted = diagnostics.is_wanted or vectors.any_sharded(parameters)  # not by what one rank has read
+        self._kind = kind
+        self._wanted = diagnostics.is_wanted or kind.are_sharded  # not by what one rank has read
         self._copies_views = copies_views or ranks.is_replicated
-        self._first = take(parameters, self._copies_views)
+        self._first: list[Tensor | None] = take(parameters, self._copies_views)
         self._kept: list[Tensor | None] = []
         if others:
             strangers = others[len(others) - num_strangers :]
@@ -138,7 +140,7 @@ class SecondPass:
         if NoneType in {*map(type, present)}:
             self._moving = [p for p, g in zip(parameters, present) if g is not None]
             present = [g for g in present if g is not None]
-        self._present = vectors.Vector(present, together)  # type: ignore[arg-type]
+        self._present = vectors.Vector(present, kind.are_together)  # type: ignore[arg-type]
         self._norm = vectors.norm(self._present) if present else torch.zeros(())
         self._length = vectors.read(self._norm)
         self._usable = vectors.has_direction(self._length)
@@ -171,7 +173,9 @@ class SecondPass:
         return float((self._norm / self._scale).square())
 
     def displace(self, node: float) -> None:
-        self._mover.move(node * self._strength.epsilon, self._moving, self._present, self._scale, self._length)
+        self._mover.move(
+            self._kind, node * self._strength.epsilon, self._moving, self._present, self._scale, self._length
+        )
 
     def prepare(self, weight: float, endings: Endings) -> None:
         """Before a displaced pass. Where ranks average ĝ and not g2, gradients meet before they are averaged."""
@@ -179,7 +183,7 @@ class SecondPass:
         if self._ranks.is_local:
             self._combine_on_arrival(weight, endings, all_sizes=True)
         elif weight == 1 and is_alone and not self._wanted and self._present.piece is None:
-            self._first = [None] * len(self._first)  # ĝ is g2: g1 makes room for it
+            self._first = [None for _ in self._first]  # ĝ is g2: g1 makes room for it
             self._present.clear()
 
     def _combine_on_arrival(self, weight: float, endings: Endings, all_sizes: bool) -> None:

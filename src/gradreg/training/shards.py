@@ -64,7 +64,7 @@ def reshard(modules: Iterable[Any], after_error: bool = False) -> None:
 
 
 def keeps_gradients(modules: Iterable[Any]) -> bool:
-    """FSDP2: whether for one of its modules `set_requires_gradient_sync(False)` keeps gradients where no optimizer sees them."""
+    """FSDP2: whether `set_requires_gradient_sync(False)` keeps gradients of any where no optimizer sees them."""
     return any(not getattr(group, "reduce_grads", True) for m in modules for group in _groups(m))
 
 
