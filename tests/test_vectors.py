@@ -73,3 +73,42 @@ def test_add_scaled_takes_sparse_directions(other):
 @pytest.mark.parametrize(("x", "expected"), [(0.0, 0.0), (2.0, 0.5), (-4.0, -0.25)])
 def test_the_reciprocal_of_zero_is_zero(x, expected):
     assert vectors.safe_reciprocal(torch.tensor(x)).item() == expected
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_flat_is_a_copy(count):
+    x = [torch.ones(2, 2) for _ in range(count)]
+    vectors.flat(x).zero_()
+    assert all((t == 1).all() for t in x)
+
+
+def test_a_vector_is_in_one_piece_where_its_tensors_are_few_and_alike():
+    alike, large = [torch.ones(2), torch.zeros(3)], [torch.ones(vectors.FEW), torch.ones(2)]
+    assert torch.equal(vectors.Vector(alike).piece, torch.cat(alike))
+    assert [vectors.Vector(x).piece for x in (large, mixed(), [sparse(), torch.ones(1)], [])] == [None] * 4
+    assert vectors.Vector([sparse(), torch.ones(1)], together=True).piece is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [None, torch.inf, -torch.inf, torch.nan])
+def test_are_finite_looks_at_every_number_and_changes_none(bad, dtype):
+    x = [torch.tensor([1.0, -0.0, torch.finfo(dtype).smallest_normal], dtype=dtype), torch.ones((), dtype=dtype)]
+    if bad is not None:
+        x[0][1] = bad
+    before = [t.clone() for t in x]
+    assert vectors.are_finite(x) == (bad is None)
+    for t, old in zip(x, before):
+        torch.testing.assert_close(t, old, rtol=0, atol=0, equal_nan=True)
+
+
+def test_memory_that_somebody_else_can_reach_is_not_alone():
+    t = torch.zeros(4)
+    assert vectors.is_alone(t)
+    view = t[:2]
+    assert not vectors.is_alone(t)
+    del view
+    array = t.numpy()
+    assert not vectors.is_alone(t)
+    del array
+    assert vectors.is_alone(t)
+    assert not any(map(vectors.is_alone, [torch.zeros(4)[:2], torch.zeros(2, 3).t(), sparse()]))

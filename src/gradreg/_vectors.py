@@ -103,7 +103,7 @@ def kind_of(tensors: Vectors) -> Kind:
 
 
 class Vector(list[Tensor]):
-    """Tensors that are read as one vector, and keep their copy in one piece.
+    """Tensors that are read as one vector, and keep what holds all of it, for reading.
 
     Args:
         tensors: not written to as long as `piece` is asked for.
@@ -118,7 +118,7 @@ class Vector(list[Tensor]):
         """All numbers in one tensor; None where they are many or mixed."""
         if self and (are_together(self) if together is None else together) and {*map(type, self)} <= _PLAIN:
             with contextlib.suppress(RuntimeError):  # a gradient may be sparse
-                self.piece = flat(self)
+                self.piece = flat(self) if len(self) > 1 else self[0].flatten()  # one needs no copy
 
 
 def _piece(tensors: Vectors) -> Tensor | None:
@@ -127,6 +127,8 @@ def _piece(tensors: Vectors) -> Tensor | None:
 
 def flat(tensors: Vectors) -> Tensor:
     """All numbers of plain tensors of one kind in one vector, a copy."""
+    if len(tensors) == 1:  # of which torch makes a view
+        return tensors[0].flatten().clone()
     return torch._C._nn.flatten_dense_tensors(tensors)  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -287,6 +287,57 @@ def test_a_buffer_that_the_forward_makes_or_resizes_changes_once(door, kind):
     assert_same(dict(model.named_buffers()), dict(plain.named_buffers()))
 
 
+class Aliased(nn.Module):
+    """Running moments that are written by views into one buffer, as some do that are sent among ranks at once."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.register_buffer("moments", torch.tensor([0.0, 1.0]).double())
+        self.mean = self.moments.numpy()[:1] if kind == "array" else self.moments[:1]
+
+    def forward(self, x):
+        self.mean *= 0.5
+        self.mean += 0.5 * float(x.detach().mean())
+        return (x - self.moments[0]) / self.moments[1]
+
+
+class Unalike(nn.Module):
+    """Buffers of several kinds: numbers of two types, one that is a view, one that is not contiguous, one empty."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(6).double())
+        self.register_buffer("transposed", torch.zeros(5, 6).double().t())
+        self.register_buffer("part", torch.zeros(12).double()[3:9])
+        self.register_buffer("empty", torch.zeros(0))
+
+    def forward(self, x):
+        self.count += 1
+        for b in (self.mean, self.part, self.transposed[:, 1]):
+            b.mul_(0.5).add_(x.detach().mean(0))
+        return x - self.mean - self.part / self.count - self.transposed[:, 1]
+
+
+@pytest.mark.parametrize("kind", ["view", "array", "several kinds"])
+@each_door
+def test_buffers_in_memory_that_others_reach_change_once(door, kind):
+    make = Unalike if kind == "several kinds" else lambda: Aliased(kind)
+    model, plain = (net(nn.Linear(4, 6), make(), nn.Linear(6, 3)) for _ in range(2))
+    regularizer = regularizer_of(model)
+    for _ in range(3):
+        addresses = [b.data_ptr() for b in model.buffers()]
+        by_hand = expected(plain, loss_of) if kind == "several kinds" else None
+        model.zero_grad()
+        step(door, regularizer, loss_of)
+        torch.manual_seed(SEED)
+        loss_of(plain)
+        if by_hand is not None:  # copies of a model do not share what it shares
+            assert_close(gradients(model), by_hand)
+        assert_same(list(model.buffers()), list(plain.buffers()))
+        assert [b.data_ptr() for b in model.buffers()] == addresses
+
+
 def test_a_failing_step_leaves_a_resized_buffer_as_it_was():
     model = net(nn.Linear(4, 6), Observer(), nn.Linear(6, 3))
     regularizer = regularizer_of(model)

@@ -14,7 +14,7 @@ from gradreg.training.anatomy import Anatomy
 from gradreg.training.calls import check_loss_fn
 from gradreg.training.combination import give
 from gradreg.training.defaults import default_epsilon
-from gradreg.training.engine import ENGINES
+from gradreg.training.player import PLAYERS
 from gradreg.training.regularizer import GradientRegularizer
 from gradreg.training.replay import Moment
 from gradreg.training.schedule import check
@@ -92,7 +92,7 @@ def calibrated_gamma(
 def _unseen(model: nn.Module) -> Iterator[None]:
     """No regularizer that the model has already takes these forwards for its own."""
     modules = set(model.modules())
-    watches = [engine.watch for engine in ENGINES if engine.anatomy.model in modules and not engine.watch.is_paused]
+    watches = [engine.watch for engine in PLAYERS if engine.anatomy.model in modules and not engine.watch.is_paused]
     for watch in watches:
         watch.is_paused = True
     try:

@@ -57,12 +57,14 @@ class Twister:
             state, has_number_in_advance = self._read()
             if state != self._state:
                 self._state = state
-            self._stood = None if has_number_in_advance else stands
+            if has_number_in_advance:  # somebody draws normal numbers, and the memory does not tell which of a pair
+                self._position = None
+            self._stood = stands if self._position is not None else None
         return self._state
 
     def restore(self, state: Any) -> None:
         """What stands already is left alone."""
-        if self.state() is not state:
+        if self.state() != state:
             self._stood = None
             self._write(state)
 
@@ -130,7 +132,7 @@ class RandomState:
         theirs = dict(other._twisters)
         return (
             torch.equal(self._host, other._host)
-            and all(theirs.get(twister, state) is state for twister, state in self._twisters)
+            and all(theirs.get(twister, state) == state for twister, state in self._twisters)
             and all(torch.equal(state, other._devices[device]) for device, state in self._devices.items())
         )
 

@@ -61,8 +61,8 @@ class Mover:
     ) -> vectors.Scalar | None:
         """The factor that d was taken by, 0 where it cannot be used; None where there is nothing to move.
 
-        `kind` is that of the selected parameters. `gradients` are those of `parameters`, and `norm` is theirs, where d is made of them: one that is 0 or not
-        finite moves nothing.
+        `kind` is that of the selected parameters. `gradients` are those of `parameters`, and `norm` is theirs, where d
+        is made of them: one that is 0 or not finite moves nothing.
         """
         moving, direction, length = self._directions.find(self._selection.named, parameters, gradients, scale, norm)
         if not moving:
