@@ -62,6 +62,7 @@ def is_sharded(t: Tensor) -> bool:
 
 
 _PLAIN = {Tensor, Parameter}
+_DOTTED = {torch.float32, torch.float64}  # whose dot product with itself is wide enough
 _KIND = attrgetter("dtype", "device", "layout")
 
 
@@ -103,7 +104,7 @@ def kind_of(tensors: Vectors) -> Kind:
 
 
 class Vector(list[Tensor]):
-    """Tensors that are read as one vector, and keep what holds all of it, for reading.
+    """Tensors that are read as one vector, and keep what holds all of it, for reading, until it is dropped.
 
     Args:
         tensors: not written to as long as `piece` is asked for.
@@ -122,7 +123,7 @@ class Vector(list[Tensor]):
 
 
 def _piece(tensors: Vectors) -> Tensor | None:
-    return (tensors if isinstance(tensors, Vector) else Vector(tensors)).piece
+    return tensors.piece if isinstance(tensors, Vector) and tensors.piece is not None else Vector(tensors).piece
 
 
 def flat(tensors: Vectors) -> Tensor:
@@ -184,7 +185,7 @@ def squared(t: Tensor) -> Tensor:
         return _part_of_sum(squared(local(t)), t)
     if t.is_sparse or t.is_complex():
         t = _reals(t)
-    if t.is_cpu and t.dtype in (torch.float32, torch.float64) and t.is_contiguous() and not is_traced(t):
+    if t.is_cpu and t.dtype in _DOTTED and t.is_contiguous() and not is_traced(t):
         line = t.view(-1)
         return torch.dot(line, line)
     return torch.linalg.vector_norm(t, dtype=wide(t.dtype)).square()
@@ -229,8 +230,10 @@ def norm(tensors: Vectors) -> Tensor:
         parts = [_part_of_sum(norm([local(t) for t in group]).square(), group[0]) for group in groups]
         return total([norm(plain).square(), *parts] if plain else parts).sqrt()
     piece, first = _piece(tensors), tensors[0]
+    if piece is not None and piece.dtype in _DOTTED and piece.is_cpu:
+        return torch.dot(piece, piece).sqrt()
     if piece is not None:
-        return squared(piece).sqrt() if first.is_cpu else torch.linalg.vector_norm(piece, dtype=wide(piece.dtype))
+        return torch.linalg.vector_norm(piece, dtype=wide(piece.dtype))
     if first.is_cpu or not _are_alike(tensors):
         return total([squared(t) for t in tensors]).sqrt()
     lengths = _foreach_norm(list(tensors), 2, wide(first.dtype))

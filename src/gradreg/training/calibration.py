@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -85,7 +84,9 @@ def calibrated_gamma(
             f"batches must give a gradient that changes along the ascent, got ratios of {slopes} per γ: the gradient "
             "is zero or not finite, or the loss is linear in the selected parameters."
         )
-    return target / statistics.median(known)
+    from statistics import median  # not for everybody who imports gradreg
+
+    return target / median(known)
 
 
 @contextmanager

@@ -86,6 +86,7 @@ def combine(
     cap: float | None = None,
     fall_back: bool = False,
     arrived: Arrival | None = None,
+    are_together: bool = False,
 ) -> tuple[list[Tensor | None], Measured]:
     """ĝ of each parameter; g1 is used up, and in the usual case written over.
 
@@ -96,14 +97,15 @@ def combine(
         wanted: measure the penalty's ratio and the cosine.
         cap: the largest ‖ĝ − g1‖/‖g1‖, or None.
         fall_back: leave g1 where a displaced gradient is not finite.
+        are_together: those of a small model: all that are there are few and of one kind (`vectors.Kind`).
         arrived: what has combined a part of them already, whose ĝ stands in the place of $g_1$'s second gradient.
     """
     second, weight = passes[0]
     if len(passes) > 1 or cap is not None or fall_back:
         return add_penalty(first, _differences(first, passes), norm, second if wanted else None, cap, fall_back)
-    together = None if arrived is not None else _combine_together(first, second, weight, norm, wanted)
-    if together is not None:
-        return together
+    result = _combine_together(first, second, weight, norm, wanted) if are_together and arrived is None else None
+    if result is not None:
+        return result
     done = set() if arrived is None else arrived.indices
     xs = [None if i in done else g for i, g in enumerate(first)]
     ys = [None if i in done else g for i, g in enumerate(second)]
@@ -126,18 +128,19 @@ def combine(
 def _combine_together(
     first: Gradients, second: Gradients, weight: float, norm: Tensor, wanted: bool
 ) -> tuple[list[Tensor | None], Measured] | None:
-    """In the usual case of a small model, all gradients there and alike; None otherwise."""
-    if not isinstance(first, vectors.Vector) or first.piece is None or not {*map(type, second)} <= _USUAL:
+    """In the usual case, all gradients there (g1 only if it is looked at), each in its own memory; None otherwise."""
+    is_second = weight == 1 and not wanted
+    if not {*map(type, second)} <= _USUAL or not (is_second or {*map(type, first)} <= _USUAL):
         return None
-    if len({*map(id, first)}) < len(first):
+    if not is_second and len({*map(id, first)}) < len(first):
         return None
     try:
         measured = Measured(vectors.are_finite(second))  # type: ignore[arg-type]
     except RuntimeError:  # sparse, or several numbers in one place
         return None
     if wanted:
-        there = vectors.Vector(second, together=True)  # type: ignore[arg-type]
-        measured = _measured(norm, weight, *vectors.square_and_distance(first, there))
+        here, there = (vectors.Vector(side, together=True) for side in (first, second))  # type: ignore[arg-type]
+        measured = _measured(norm, weight, *vectors.square_and_distance(here, there))
     if weight != 1:
         torch._foreach_lerp_(first, second, weight)  # type: ignore[arg-type]
     return list(second if weight == 1 else first), measured

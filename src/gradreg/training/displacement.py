@@ -84,6 +84,7 @@ class Displacement:
         self._owners: list[dict[str, Any]] = []  # modules that hold parameters
         self._guards: list[_Guard] = []  # of those that have no state dict hooks of their own
         self._hooks: list[Any] = []  # theirs
+        self._standing: list[_Guard] = []  # in the places of those, while weights are displaced
         self._is_guarded = False
         self._base: tuple[vectors.Scalar, Sequence[Tensor]] | None = None  # the step and direction that led to a base
         self._moved_on: list[int] = []  # the parameters of a second move
@@ -129,11 +130,14 @@ class Displacement:
             self._owners = [m.__dict__ for m in self._modules if m._parameters]
             self._hooks = [owner[_HOOKS] for owner in self._owners]
             self._guards = [_Guard(self, {}) for _ in self._owners]
+        self._standing = self._guards
+        if any(self._hooks):
+            self._standing = [_Guard(self, own) if own else guard for own, guard in zip(self._hooks, self._guards)]
         self._is_guarded = True
         self._true = true  # from here on `close` has something to put back
         # Hooks without their handles, which take longer: this runs in every step.
-        for owner, hooks, guard in zip(self._owners, self._hooks, self._guards):
-            owner[_HOOKS] = _Guard(self, hooks) if hooks else guard
+        for owner, guard in zip(self._owners, self._standing):
+            owner[_HOOKS] = guard
         _global_optimizer_pre_hooks[self] = self._refuse_step  # type: ignore[index]
         self._displace(step, direction)
         for p, displaced, pointing in zip(parameters, self._copies, self._pointing):
@@ -146,10 +150,10 @@ class Displacement:
         piece = direction.piece if isinstance(direction, vectors.Vector) else None
         if self._piece is None or piece is None or isinstance(step, Tensor):
             vectors.add_scaled(self._sources(), step, direction, out=self._targets())
-        elif step == 0:
-            self._piece.copy_(vectors.flat(self._true))
         else:
-            torch.add(vectors.flat(self._true), piece, alpha=step, out=self._piece)
+            vectors.copy_(self._copies, self._true)
+            if step != 0:
+                self._piece.add_(piece, alpha=step)
 
     def refuse_saving(self, *module: Any) -> None:
         if self._true:
@@ -232,10 +236,10 @@ class Displacement:
                 if pointing or p.data_ptr() != address:  # a forward may have given it other memory
                     p.data = true
         if self._is_guarded:
-            for owner, hooks in zip(self._owners, self._hooks):
-                guard = owner[_HOOKS]
-                if len(guard) != len(hooks) + 1 and type(guard) is _Guard:
+            if sum(map(len, self._standing)) != len(self._standing) + sum(map(len, self._hooks)):
+                for hooks, guard in zip(self._hooks, self._standing):
                     hooks.update(guard.take_registered())
+            for owner, hooks in zip(self._owners, self._hooks):
                 owner[_HOOKS] = hooks
             self._is_guarded = False
         _global_optimizer_pre_hooks.pop(self, None)  # type: ignore[call-overload]

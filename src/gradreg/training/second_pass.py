@@ -179,15 +179,15 @@ class SecondPass:
 
     def prepare(self, weight: float, endings: Endings) -> None:
         """Before a displaced pass. Where ranks average ĝ and not g2, gradients meet before they are averaged."""
-        is_alone = len(self._method.scheme.stencil) == 1 and not self._method.needs_whole
+        if len(self._method.scheme.stencil) > 1:
+            return  # g1 leads to a second displaced point
+        self._present = vectors.Vector(())
         if self._ranks.is_local:
             self._combine_on_arrival(weight, endings, all_sizes=True)
-        elif weight == 1 and is_alone and not self._wanted and self._present.piece is None:
+        elif weight == 1 and not self._method.needs_whole and not self._wanted:
             self._first = [None for _ in self._first]  # ĝ is g2: g1 makes room for it
-            self._present.clear()
 
     def _combine_on_arrival(self, weight: float, endings: Endings, all_sizes: bool) -> None:
-        self._present.clear()
         self._arrival = Arrival(self._parameters, self._first, weight, all_sizes)
         endings.hooks.append(self._arrival)
 
@@ -220,13 +220,14 @@ class SecondPass:
         if self._passes:
             cap = self._method.cap
             combined, measured = combine(
-                self._present if len(self._present) == len(self._first) else self._first,
+                self._first,
                 self._passes,
                 self._norm,
                 wanted=self._wanted,
                 cap=None if cap is None else cap / share,
                 fall_back=self._method.fall_back,
                 arrived=self._arrival,
+                are_together=self._kind.are_together,
             )
             if NoneType in {*map(type, combined)}:
                 took_part = set(map(id, self._moving))
