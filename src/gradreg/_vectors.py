@@ -333,6 +333,14 @@ def add_scaled(xs: Vectors, step: Scalar, ys: Vectors, out: Vectors) -> None:
                 torch.add(x, y, alpha=alpha, out=o)
 
 
+def moved(xs: Vectors, step: Scalar, ys: Vectors) -> list[Tensor]:
+    """x + step · y on the host, in memory of its own; exactly x where `step` is 0, whatever y holds."""
+    alpha = float(step)
+    if alpha == 0:
+        return [x.clone() for x in xs]
+    return list(torch._foreach_add(list(xs), list(ys), alpha=alpha))  # pyright: ignore[reportPrivateImportUsage]
+
+
 def _add_masked(xs: Vectors, step: Tensor, ys: Vectors, out: Vectors) -> None:
     if are_few(xs) and _are_alike([*xs, *ys]):
         move = flat(ys) * step.to(ys[0].device, ys[0].dtype, non_blocking=True)

@@ -482,9 +482,9 @@ def test_a_layer_that_the_forward_makes_at_its_first_call_is_displaced_from_the_
 @each_door
 def test_no_memory_for_the_copy_leaves_all_as_it_was_and_the_next_step_works(door, branch, monkeypatch):
     model = net()
-    regularizer = regularizer_of(model)
+    regularizer = regularizer_of(model, replay_check=False)
     by_hand, original, taken = expected(model, loss_of), torch.empty_like, []
-    of_few = vectors.flat
+    of_few = vectors.moved
     weights = {p.data_ptr() for p in model.parameters() if p.ndim == 2}
 
     def exhausted(tensor, **options):
@@ -494,15 +494,15 @@ def test_no_memory_for_the_copy_leaves_all_as_it_was_and_the_next_step_works(doo
             raise torch.OutOfMemoryError("CUDA out of memory (a stand-in)")
         return original(tensor, **options)
 
-    def exhausted_in_one_piece(tensors):
+    def exhausted_together(tensors, step, direction):
         for tensor in tensors:
             exhausted(tensor)
-        return of_few(tensors)
+        return of_few(tensors, step, direction)
 
     before = everything(model)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty_like", exhausted)
-        patch.setattr(vectors, "flat", exhausted_in_one_piece)
+        patch.setattr(vectors, "moved", exhausted_together)
         with pytest.raises(torch.OutOfMemoryError):
             step(door, regularizer, loss_of)
     assert_same(everything(model)[0], before[0])

@@ -77,7 +77,7 @@ class Displacement:
         self._addresses: list[int] = []  # of their memory
         self._shapes: list[torch.Size] = []
         self._copies: list[Tensor] = []
-        self._piece: Tensor | None = None  # in which all copies lie, where they are few and pointed at
+        self._keeps_copies = True  # from step to step; few that are pointed at are made anew by one operation
         self._pointing: list[bool] = []
         self._true: list[Tensor] = []
         self._modules: Sequence[nn.Module] = ()
@@ -140,20 +140,17 @@ class Displacement:
             owner[_HOOKS] = guard
         _global_optimizer_pre_hooks[self] = self._refuse_step  # type: ignore[index]
         self._displace(step, direction)
-        for p, displaced, pointing in zip(parameters, self._copies, self._pointing):
-            if pointing:
-                p.data = displaced
-        torch.clear_autocast_cache()  # or autocast would serve low-precision copies of the weights of pass 1
 
     def _displace(self, step: vectors.Scalar, direction: Sequence[Tensor]) -> None:
         """The displaced weights, from the true ones; bitwise the same whenever it is asked."""
-        piece = direction.piece if isinstance(direction, vectors.Vector) else None
-        if self._piece is None or piece is None or isinstance(step, Tensor):
+        if self._keeps_copies:
             vectors.add_scaled(self._sources(), step, direction, out=self._targets())
         else:
-            vectors.copy_(self._copies, self._true)
-            if step != 0:
-                self._piece.add_(piece, alpha=step)
+            self._copies = vectors.moved(self._true, step, direction)
+        for p, displaced, pointing in zip(self._parameters, self._copies, self._pointing):
+            if pointing:
+                p.data = displaced
+        torch.clear_autocast_cache()  # or autocast would serve low-precision copies of the weights of pass 1
 
     def refuse_saving(self, *module: Any) -> None:
         if self._true:
@@ -225,7 +222,6 @@ class Displacement:
                 self._displace(*self._base)
                 self._moved_on = []
                 reshard(self._anatomy.sharded, after_error)
-                torch.clear_autocast_cache()
             return
         if self._true:
             if not all(self._pointing):
@@ -247,8 +243,10 @@ class Displacement:
             reshard(self._anatomy.sharded, after_error)
             torch.clear_autocast_cache()
         self._moved_on, self._base = [], None
-        if self._true and not self._keeps_room:
-            self._parameters, self._copies, self._piece = (), [], None
+        if self._true and not self._keeps_copies:
+            self._copies = []
+        elif self._true and not self._keeps_room:
+            self._parameters, self._copies = (), []
         self._true = []
 
     def _make_room(self, parameters: Sequence[nn.Parameter], true: Sequence[Tensor]) -> None:
@@ -256,12 +254,10 @@ class Displacement:
         are_known = parameters is self._parameters or [*map(id, parameters)] == [*map(id, self._parameters)]
         if are_known and addresses == self._addresses and shapes == self._shapes:
             return
-        self._parameters, self._copies, self._piece = (), [], None  # what was there is given back first
+        self._parameters, self._copies = (), []  # what was there is given back first
         self._pointing = [_may_point_elsewhere(p) for p in parameters]
-        if all(self._pointing) and all(map(Tensor.is_contiguous, true)) and vectors.are_together(true):
-            self._piece = vectors.flat(true)
-            self._copies = list(vectors.parts(self._piece, true))
-        else:
+        self._keeps_copies = not (all(self._pointing) and vectors.are_together(true))
+        if self._keeps_copies:
             self._copies = [torch.empty_like(t) for t in true]  # may fail for want of memory
         self._parameters, self._addresses, self._shapes = parameters, addresses, shapes
 
