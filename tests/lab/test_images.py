@@ -72,6 +72,82 @@ def test_the_test_folder_is_the_test_part(tmp_path):
     assert len(validation) == 3
 
 
+def test_rows_of_val_are_validation_rows_or_test_rows_where_there_are_no_others(tmp_path):
+    write(tmp_path / "train", ["cat", "dog"])
+    write(tmp_path / "val", ["cat", "dog"], start=50, count=2)
+    split = load(config(tmp_path))
+    assert numbers(split, images.shuffled(20)[2:])[2] == [50, 51, 52, 53]
+    images.from_folder.cache_clear()
+    write(tmp_path / "test", ["cat", "dog"], start=100, count=3)
+    split = load(config(tmp_path))
+    train, validation, test = numbers(split, range(20))
+    assert (sorted(train), validation, test) == (list(range(20)), [50, 51, 52, 53], list(range(100, 106)))
+
+
+def test_what_systems_and_archivers_leave_is_no_class(tmp_path):
+    write(tmp_path, ["cat", "dog"])
+    for name in ("__MACOSX", "@eaDir", ".cache", "empty"):
+        (tmp_path / name).mkdir()
+    for name in ("__MACOSX", "@eaDir", ".cache"):
+        (tmp_path / name / "._0.png").write_bytes(b"none")
+    (tmp_path / "cat" / "@eaDir").mkdir()
+    (tmp_path / "cat" / "._00.png").write_bytes(b"none")
+    (tmp_path / "cat" / "Thumbs.db").write_bytes(b"none")
+    split = load(config(tmp_path))
+    assert split.num_classes == 2
+    assert sum(map(len, (split.train, split.validation, split.test))) == 20
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(np.uint16, 65535), (np.int32, 65535), (np.float32, 1.0)], ids=["16 bits", "32 bits", "float"]
+)
+def test_wide_images_keep_their_shades(tmp_path, dtype, most):
+    write(tmp_path, ["cat", "dog"])
+    shades = np.linspace(0, most, SIDE * SIDE).reshape(SIDE, SIDE).astype(dtype)
+    file = tmp_path / "wide.tif"
+    Image.fromarray(shades).save(file)
+    with Image.open(file) as image:
+        read = images._as_bytes(image)
+    np.testing.assert_array_equal(read, np.repeat(np.round(shades / most * 255).astype(np.uint8)[..., None], 3, 2))
+
+
+@pytest.mark.parametrize("values", [[-1.0, 1.0], [0.0, 255.0], [np.nan, 0.0]])
+def test_floating_point_images_of_another_range_are_refused(tmp_path, values):
+    write(tmp_path, ["cat", "dog"])
+    wrong = np.resize(np.array(values, np.float32), (SIDE, SIDE))
+    Image.fromarray(wrong).save(tmp_path / "cat" / "wrong.tif")
+    with pytest.raises(BadInput, match=r"wrong\.tif.*0 to 1 can be read"):
+        load(config(tmp_path))
+
+
+def test_images_are_read_upright(tmp_path):
+    pixels = picture(7, (SIDE, SIDE))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    file = tmp_path / "turned.png"
+    Image.fromarray(np.rot90(pixels).copy()).save(file, exif=exif)
+    with Image.open(file) as image:
+        np.testing.assert_array_equal(images._as_bytes(image), pixels)
+
+
+def deeper(root):
+    (root / "cat" / "more").mkdir()
+    Image.fromarray(picture(1)).save(root / "cat" / "more" / "x.png")
+
+
+def unknown(root):
+    (root / "cat" / "x.heic").write_bytes(b"none")
+
+
+@pytest.mark.parametrize(("change", "why"), [(deeper, "a deeper one.*more"), (unknown, r"x\.heic.*convert")])
+def test_nothing_is_passed_over_without_a_word(tmp_path, change, why):
+    write(tmp_path, ["cat", "dog"])
+    change(tmp_path)
+    with pytest.raises(BadInput, match=why) as refusal:
+        load(config(tmp_path))
+    assert "\n" not in str(refusal.value)
+
+
 def add(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
@@ -91,6 +167,7 @@ def other_classes(root):
     for name in ("cat", "dog"):
         (root / name).rename(root / "train" / name)
         (root / "test" / name.upper()).mkdir()
+        Image.fromarray(picture(1)).save(root / "test" / name.upper() / "0.png")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 from gradreg.lab.folder import BadInput
 from gradreg.lab.methods import METHODS, check_together
 
-DATA = ("mnist1d", "digits", "cifar10", "cifar100", "images", "hub", "text")
+DATA = ("mnist1d", "digits", "fashion-mnist", "cifar10", "cifar100", "idx", "images", "hub", "text")
 MODELS = ("mlp", "cnn", "resnet18", "wideresnet", "vit", "gpt")
 ASCENTS = ("gradient", "normalized", "adaptive", "momentum", "previous")
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -62,7 +62,7 @@ class RunConfig:
     """
 
     data: str = _choice("mnist1d", DATA, "Data set.")
-    path: str | None = _text("CIFAR archive or image folder on disk, or the name of a data set on the hub.")
+    path: str | None = _text("CIFAR archive, folder of IDX files or of images, or the name of a data set on the hub.")
     num_train: int | None = _whole(None, 2, 10**9, "Training rows; by default all that there are.")
     random_labels: float = _number(0.0, 0, 0.9, "Share of the training labels that are replaced by another class.")
     augment: bool = _switch("Shift and mirror the training images, as in the paper.")

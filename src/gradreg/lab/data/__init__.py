@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from gradreg.lab.config import RunConfig
-from gradreg.lab.data import cifar, images, text
+from gradreg.lab.data import cifar, idx, images, text
 from gradreg.lab.data.parts import Part, Split, shuffled
 from gradreg.lab.folder import BadInput
 
-AT_PATH = ("cifar10", "cifar100", "images", "hub")
+AT_PATH = ("cifar10", "cifar100", "idx", "images", "hub")
 """The sources that read what is at `path`; they give images, which may be augmented."""
+IMAGES = (*AT_PATH, "fashion-mnist")
 MOST_GENERATED = 1_000_000
 """Training rows that may be asked of a generator."""
 _BLOCK = 8000
@@ -36,12 +37,12 @@ def load(config: RunConfig) -> Split:
         BadInput: what is not there, too few rows for a step, or a setting that the data set does not have.
     """
     name = config.data
-    if config.path is not None and name not in AT_PATH:
+    if config.path is not None and name not in IMAGES:
         raise BadInput(f"path must be left out with data {name}, got {config.path!a}.")
     if config.path is None and name in AT_PATH:
         raise BadInput(f"path must be given with data {name}: {_WHAT_IS_AT_PATH[name]}.")
-    if config.augment and name not in AT_PATH:
-        raise BadInput(f"augment must be false with data {name}: only images ({', '.join(AT_PATH)}) are augmented.")
+    if config.augment and name not in IMAGES:
+        raise BadInput(f"augment must be false with data {name}: only images ({', '.join(IMAGES)}) are augmented.")
     if config.random_labels and name == "text":
         raise BadInput(f"random_labels must be 0 with data text, got {config.random_labels:g}.")
     if name in GENERATED and config.num_train is not None:
@@ -134,6 +135,8 @@ SOURCES: dict[str, Callable[[RunConfig], Split]] = {
     "digits": lambda config: _digits(),
     "cifar10": lambda config: cifar.read(cifar.CIFAR10, config.path or ""),
     "cifar100": lambda config: cifar.read(cifar.CIFAR100, config.path or ""),
+    "idx": lambda config: idx.from_folder(config.path or ""),
+    "fashion-mnist": lambda config: idx.fashion_mnist(config.path),
     "images": lambda config: images.from_folder(config.path or ""),
     "hub": lambda config: images.from_hub(config.path or ""),
 }
@@ -141,7 +144,8 @@ SOURCES: dict[str, Callable[[RunConfig], Split]] = {
 _WHAT_IS_AT_PATH = {
     "cifar10": f"{cifar.CIFAR10.name}, or the folder that holds it, from {cifar.HOME}",
     "cifar100": f"{cifar.CIFAR100.name}, or the folder that holds it, from {cifar.HOME}",
-    "images": "a folder with one subfolder of images for each class, or with train/ and test/ of that kind",
+    "idx": "the folder with the four files of MNIST or its kin, such as train-images-idx3-ubyte.gz",
+    "images": "a folder with one subfolder of images for each class, or with train/ and test/ or val/ of that kind",
     "hub": "the name of an image data set on the hub, or a folder written by its save_to_disk",
 }
 

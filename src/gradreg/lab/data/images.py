@@ -1,8 +1,9 @@
 """Images of the user: a folder with a subfolder for each class, or an image data set of the hub.
 
-A folder with `train/` and `test/` keeps its test rows; otherwise a fifth of a fixed shuffled order becomes test rows.
-A tenth of what is then left, by a fixed shuffle, becomes validation rows. Images are read as RGB, must have one size,
-and are standardized by the mean and deviation of each color over the training rows. All of them are held in memory.
+A folder with `train/` keeps its test rows in `test/`, and those in `val/` or `validation/` as validation rows, or as
+test rows where there are no others. Otherwise a fifth of a fixed shuffled order becomes test rows, and a tenth of what
+is then left, by a fixed shuffle, validation rows. Images are read as RGB of 8 bits, upright, must have one size, and
+are standardized by the mean and deviation of each color over the training rows. All of them are held in memory.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gradreg.lab.data.parts import Part, Split, from_bytes, shuffled
+from gradreg.lab.data.parts import Part, Split, from_bytes, moments, shuffled
 from gradreg.lab.folder import BadInput
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+_ENDINGS = {".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".ppm", ".pgm"}
+_BESIDE = {"", ".txt", ".md", ".json", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html", ".ini", ".db", ".log", ".url"}
+"""Endings of what lies beside images and is none."""
+_VALIDATION = ("val", "valid", "validation")
 _INSTALL = "install it with: pip install 'gradreg[hub]'"
 
 Pixels = np.ndarray  # (n, 3, H, W), bytes
@@ -42,17 +46,19 @@ def from_folder(path: str) -> Split:
     root = Path(path)
     if not root.is_dir():
         raise BadInput(f"path must be a folder with one subfolder of images for each class, got {path!a}.")
-    parts = [root / "train", root / "test"] if {"train", "test"} <= set(_subfolders(root)) else [root]
-    classes = _subfolders(parts[0])
+    parts = _parts(root)
+    classes = _classes(parts["train"])
     if len(classes) < 2:
         raise BadInput(
-            f"path must be a folder with a subfolder for each of two or more classes, got {str(parts[0])!a}."
+            "path must be a folder with a subfolder of images for each of two or more classes, got "
+            f"{str(parts['train'])!a}."
         )
-    if _subfolders(parts[-1]) != classes:
-        raise BadInput(f"path must have the same classes in train/ and test/, got {path!a}.")
+    for part in parts.values():
+        if _classes(part) != classes:
+            raise BadInput(f"path must have the same classes in train/ and {part.name}/, got {path!a}.")
     size: list[tuple[int, int]] = []
-    arrays = [_stack(_files(part, classes), size) for part in parts]
-    return _split(path, arrays[0], arrays[1] if len(arrays) == 2 else None, len(classes))
+    arrays = {name: _stack(_files(part, classes), size) for name, part in parts.items()}
+    return _split(path, arrays["train"], arrays.get("test"), len(classes), arrays.get("validation"))
 
 
 @lru_cache(maxsize=1)
@@ -92,15 +98,41 @@ def from_hub(path: str) -> Split:
     return _split(path, arrays("train"), arrays(test) if test else None, columns[label].num_classes)
 
 
-def _subfolders(root: Path) -> list[str]:
-    return sorted(place.name for place in root.iterdir() if place.is_dir() and not place.name.startswith("."))
+def _parts(root: Path) -> dict[str, Path]:
+    """The folders of the parts that are given; `train` alone is all there is."""
+    found = {name: root / name for name in ("train", "test", *_VALIDATION) if (root / name).is_dir()}
+    others = [name for name in _VALIDATION if name in found]
+    if "train" not in found or len(found) == 1:
+        return {"train": root}
+    if len(others) > 1:
+        raise BadInput(f"path must have one folder of validation rows, got {str(root)!a} with {', '.join(others)}.")
+    parts = {"train": found["train"]}
+    if others:
+        parts["validation" if "test" in found else "test"] = found[others[0]]
+    return {**parts, "test": found["test"]} if "test" in found else parts
+
+
+def _classes(root: Path) -> list[str]:
+    """The subfolders that hold something; not what systems and archivers put beside them (.git, __MACOSX, @eaDir)."""
+    folders = (place for place in root.iterdir() if place.is_dir() and not place.name.startswith((".", "__", "@")))
+    return sorted(place.name for place in folders if any(place.iterdir()))
 
 
 def _files(root: Path, classes: Sequence[str]) -> Iterable[tuple[str, Callable[[], Image], int]]:
     from PIL import Image
 
     for label, name in enumerate(classes):
-        for file in sorted(place for place in (root / name).iterdir() if place.suffix.lower() in _ENDINGS):
+        for file in sorted((root / name).iterdir()):
+            ending = file.suffix.lower()
+            if file.is_dir() and not file.name.startswith((".", "__", "@")):
+                raise BadInput(
+                    f"path must hold images in the folders of their classes, got a deeper one: {str(file)!a}."
+                )
+            if file.is_dir() or file.name.startswith(".") or ending in _BESIDE:
+                continue
+            if ending not in _ENDINGS:
+                known = ", ".join(sorted(_ENDINGS))
+                raise BadInput(f"path must hold images that end in {known}, got {str(file)!a}: convert it, or move it.")
             yield str(file), lambda file=file: Image.open(file), label
 
 
@@ -110,7 +142,7 @@ def _stack(rows: Iterable[tuple[str, Callable[[], Image], int]], size: list[tupl
     for where, open_image, label in rows:
         try:
             with open_image() as image:
-                array = np.asarray(image.convert("RGB"))
+                array = _as_bytes(image)
         except Exception as error:  # Pillow raises several kinds on a damaged file
             raise BadInput(f"path must hold readable images, got {where!a}: {_reason(error)}") from error
         size[:] = size or [array.shape[:2]]
@@ -127,35 +159,45 @@ def _stack(rows: Iterable[tuple[str, Callable[[], Image], int]], size: list[tupl
     return (np.stack(pixels) if pixels else np.empty((0, 3, 1, 1), np.uint8)), np.array(labels, dtype=np.int64)
 
 
+def _as_bytes(image: Image) -> np.ndarray:
+    """(H, W, 3), upright. Of 16 bits the upper eight are kept; floating point numbers go from 0 to 1."""
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode not in ("F", "I") and not upright.mode.startswith("I;"):
+        return np.asarray(upright.convert("RGB"))
+    values = np.asarray(upright)
+    most = 1 if upright.mode == "F" else 2**16 - 1
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= most):
+        raise ValueError(f"its numbers go from {values.min():g} to {values.max():g}, and 0 to {most} can be read")
+    gray = np.round(values.astype(np.float64) * (255 / most)).astype(np.uint8)
+    return np.repeat(gray[..., None], 3, axis=2)
+
+
 def _reason(error: Exception) -> str:
     """On one line, since these messages come from other libraries."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _split(path: str, train: tuple[Pixels, Labels], test: tuple[Pixels, Labels] | None, num_classes: int) -> Split:
+Rows = tuple[Pixels, Labels]
+
+
+def _split(path: str, train: Rows, test: Rows | None, num_classes: int, validation: Rows | None = None) -> Split:
     pixels, labels = train
     order = shuffled(len(labels))
     if test is None:
         num_test = len(order) // 5
         order, last = order[num_test:], order[:num_test]
         test = pixels[last], labels[last]
-    num_validation = len(order) // 10
-    order, chosen = order[num_validation:], order[:num_validation]
-    if not num_validation or not len(test[1]):
+    if validation is None:
+        num_validation = len(order) // 10
+        order, chosen = order[num_validation:], order[:num_validation]
+        validation = pixels[chosen], labels[chosen]
+    if not len(validation[1]) or not len(test[1]):
         raise BadInput(f"path must hold images enough for three parts, at least 13, got {len(labels)} in {path!a}.")
-    mean, std = _moments(pixels[order])
+    mean, std = moments(pixels[order])
 
     def part(images: Pixels, y: Labels) -> Part:
         return Part(from_bytes(images, mean, std), torch.from_numpy(y))
 
-    return Split(part(pixels[order], labels[order]), part(pixels[chosen], labels[chosen]), part(*test), num_classes)
-
-
-def _moments(pixels: Pixels) -> tuple[list[float], list[float]]:
-    """Mean and deviation of each color, of values in [0, 1]; a color that is constant keeps its scale."""
-    counts = np.stack([np.bincount(pixels[:, color].ravel(), minlength=256) for color in range(3)])
-    values = np.arange(256) / 255
-    share = counts / counts.sum(1, keepdims=True)
-    mean = share @ values
-    std = np.sqrt(np.maximum(share @ values**2 - mean**2, 0))
-    return mean.tolist(), np.where(std > 1e-4, std, 1.0).tolist()
+    return Split(part(pixels[order], labels[order]), part(*validation), part(*test), num_classes)

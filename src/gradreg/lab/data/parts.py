@@ -56,7 +56,17 @@ def shuffled(num_rows: int) -> np.ndarray:
 
 
 def from_bytes(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Images (n, 3, H, W) from bytes, each color scaled to [0, 1] and then standardized by `mean` and `std`."""
+    """Images (n, C, H, W) from bytes, each color scaled to [0, 1] and then standardized by `mean` and `std`."""
     x = torch.from_numpy(images).to(torch.float32).div_(255)
     middle, scale = (torch.tensor(numbers, dtype=torch.float32).view(1, -1, 1, 1) for numbers in (mean, std))
     return x.sub_(middle).div_(scale)
+
+
+def moments(pixels: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each color of bytes (n, C, H, W), as values in [0, 1]; a constant color keeps its scale."""
+    counts = np.stack([np.bincount(pixels[:, color].ravel(), minlength=256) for color in range(pixels.shape[1])])
+    values = np.arange(256) / 255
+    share = counts / counts.sum(1, keepdims=True)
+    mean = share @ values
+    std = np.sqrt(np.maximum(share @ values**2 - mean**2, 0))
+    return mean.tolist(), np.where(std > 1e-4, std, 1.0).tolist()
