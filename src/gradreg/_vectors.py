@@ -286,6 +286,13 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     return torch.dot(x.flatten().to(wide(x.dtype)), y.flatten().to(wide(y.dtype)))
 
 
+def products(x: Tensor, y: Tensor) -> Tensor:
+    """‖x‖², ⟨x, y⟩ and ‖y‖² of two tensors of one shape, in one vector, so that `total` completes them together."""
+    if is_sharded(x):
+        return _part_of_sum(products(local(x), local(y)), x)
+    return torch.stack([squared(x), dot(x, y), squared(y)])
+
+
 def copy_(targets: Vectors, sources: Vectors) -> None:
     """targets ← sources, outside of autograd."""
     if targets:

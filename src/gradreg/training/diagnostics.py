@@ -67,11 +67,9 @@ class Diagnostics:
     def record_realized(
         self, applied: Iterable[Tensor], step: vectors.Scalar, direction: Sequence[Tensor], low_precision: bool
     ) -> None:
-        length = vectors.norm(direction)
+        square, product, length = vectors.total([vectors.products(a, d) for a, d in zip(applied, direction)])
+        size, length = square.sqrt(), length.sqrt()
         step = torch.as_tensor(step, dtype=length.dtype, device=length.device)
-        parts = [(vectors.squared(a), vectors.dot(a, d)) for a, d in zip(applied, direction)]  # one temporary at a time
-        size = vectors.total([part for part, _ in parts]).sqrt()
-        product = vectors.total([part for _, part in parts])
         cosine = product * vectors.safe_reciprocal(size * length) * step.sign()
         self._realized = Realized(cosine, size * vectors.safe_reciprocal(step.abs() * length))
         self._low_precision = low_precision
