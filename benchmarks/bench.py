@@ -366,7 +366,7 @@ def _captured(step: Step) -> None:
 
 
 def import_milliseconds(repeats: int = 7) -> tuple[float, float]:
-    """Fresh interpreters: `import torch`, and what `import gradreg` adds to it, with bytecode as an installer makes it."""
+    """Fresh interpreters, bytecode made: `import torch`, and what `import gradreg` adds to it."""
     import subprocess
 
     code = (
