@@ -98,10 +98,10 @@ def _files(folder: Path) -> tuple[tuple[str, Path, int], ...]:
 def _read(*files: tuple[str, Path, int], is_fashion: bool) -> Split:
     arrays = {name: _array(name, file, is_fashion) for name, file, _ in files}
     places = {name: file for name, file, _ in files}
-    for part in ("train", "test"):
-        images, labels = arrays[f"{part} images"], arrays[f"{part} labels"]
+    for half in ("train", "test"):
+        images, labels = arrays[f"{half} images"], arrays[f"{half} labels"]
         if len(images) != len(labels):
-            raise _refused(places[f"{part} labels"], f"it has {len(labels):,} labels for {len(images):,} images")
+            raise _refused(places[f"{half} labels"], f"it has {len(labels):,} labels for {len(images):,} images")
     if arrays["train images"].shape[1:] != arrays["test images"].shape[1:]:
         raise _refused(places["test images"], "its images are of another size than those to train on")
     classes = np.unique(arrays["train labels"])
