@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import gradreg
 
 pytest.importorskip("lightning")
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torchmetrics import MeanMetric
 
@@ -293,6 +294,72 @@ def test_a_step_without_a_loss():
     module.silent = (2,)
     with pytest.raises(ValueError, match="training_step returned None for the last micro-batch"):
         fit(module, regularization(), accumulate_grad_batches=3)
+
+
+# Epochs and steps that a callback of the host runs without a backward pass.
+
+
+class Skips(Module):
+    """Leaves epochs or batches out, as a module may."""
+
+    skipped = ()
+
+    def on_train_batch_start(self, batch, batch_idx):
+        super().on_train_batch_start(batch, batch_idx)
+        return -1 if (self.current_epoch, batch_idx) in self.skipped else None
+
+
+def averaged(kind, *callbacks, accumulate=1, gamma=GAMMA):
+    """Weights averaged from epoch 2 of 4 on; with BatchNorm one more epoch runs for its statistics alone."""
+    module, windows = Module(net(kind)), []
+    swa = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=2)
+
+    class Looks(Callback):
+        def on_train_batch_end(self, *args):
+            windows.extend(len(c._window) for c in callbacks if isinstance(c, GradientRegularization))
+
+    trainer = fit(module, swa, *callbacks, Looks(), max_epochs=4, accumulate_grad_batches=accumulate)
+    return module, trainer, windows
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("kind", ["smooth", "batchnorm"])
+@pytest.mark.filterwarnings("ignore:.*SWA.*")
+def test_averaged_weights(kind, accumulate):
+    plain, host, _ = averaged(kind, accumulate=accumulate)
+    ours, trainer, _ = averaged(kind, regularization(gamma=0.0), accumulate=accumulate)
+    assert_same(ours.layers, plain.layers, rtol=0, atol=0)
+    assert trainer.global_step == host.global_step
+    callback = regularization()
+    ours, trainer, windows = averaged(kind, callback, accumulate=accumulate)
+    assert trainer.global_step == host.global_step
+    assert callback.regularizer is not None
+    assert callback.regularizer.step == 4 * (5 if accumulate == 1 else 2), "as many as in the epochs that train"
+    assert max(windows) <= accumulate, "the batches of an epoch without a backward pass are not kept"
+    assert not torch.equal(ours.layers[0].weight, plain.layers[0].weight)
+
+
+@pytest.mark.parametrize("skipped", [{(0, 0)}, {(0, 2), (0, 3)}, {(1, k) for k in range(5)}], ids=str)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_batches_and_epochs_that_are_skipped(skipped, accumulate):
+    def trained(*callbacks):
+        module = Skips(net("dropout"))
+        module.skipped = skipped
+        trainer = fit(module, *callbacks, accumulate_grad_batches=accumulate)
+        return module.layers, trainer.global_step
+
+    plain, num_steps = trained()
+    ours, num_ours = trained(regularization(gamma=0.0))
+    assert_same(ours, plain, rtol=0, atol=0)
+    assert num_steps == num_ours == trained(regularization())[1]
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_window_without_any_loss_is_passed_over():
+    module = Silent(net())
+    module.silent = range(5)
+    fit(module, regularization(), accumulate_grad_batches=3)
+    assert_same(module.layers, net(), rtol=0, atol=0)
 
 
 # Two processes.

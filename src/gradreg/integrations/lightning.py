@@ -94,7 +94,7 @@ class GradientRegularization(Callback):
         self._window: list[tuple[Any, ...]] = []  # the arguments of each `training_step`
         self._batch_idx = 0
         self._is_replaying = False
-        self._is_due = False  # a window has begun, and its second pass has not run
+        self._is_due = False  # a backward pass of the window has run, and its second pass has not
 
     # Before and after training.
 
@@ -111,7 +111,7 @@ class GradientRegularization(Callback):
             self._state = None
         self._window.clear()
         self._step_fn = pl_module.training_step
-        pl_module.training_step = self._recorded(self._step_fn, model)
+        pl_module.training_step = self._recorded(self._step_fn, model, trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if "_step_fn" in self.__dict__:
@@ -121,7 +121,7 @@ class GradientRegularization(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
 
-    def _recorded(self, step_fn: Any, model: nn.Module) -> Any:
+    def _recorded(self, step_fn: Any, model: nn.Module, trainer: Trainer) -> Any:
         """`training_step` that keeps what it was given.
 
         It stands on the instance, since hooks of batches run too early: others after ours may draw random numbers.
@@ -129,7 +129,7 @@ class GradientRegularization(Callback):
 
         @functools.wraps(step_fn)
         def training_step(*args: Any) -> Any:
-            if self._is_active:
+            if self._is_active and not _skips_backward(trainer):
                 if not self._is_replaying:
                     self._window.append(args)
                 if isinstance(model, _Step):  # DDP announces itself, by its own forward
@@ -147,10 +147,19 @@ class GradientRegularization(Callback):
     # One window.
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._window.clear()
-            self._is_due = True
         self._batch_idx = batch_idx
+
+    def on_before_zero_grad(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """A window begins: `training_step` of its first micro-batch has run, and its backward pass has not."""
+        self._window[:] = self._window[-1:]
+        self._is_due = False
+        if self.regularizer is not None and self._window:
+            self.regularizer._engine.watch.begin_with_last()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._is_due = True
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.regularizer is not None
@@ -232,6 +241,11 @@ class _Step(nn.Module):
 
     def forward(self, *args: Any) -> None:
         del args
+
+
+def _skips_backward(trainer: Trainer) -> bool:
+    """Whether an epoch runs for its forward passes alone, as that in which averaged weights get their BatchNorm."""
+    return getattr(trainer.fit_loop, "_skip_backward", False)
 
 
 @contextmanager

@@ -148,6 +148,11 @@ class Watch:
         self.notes.append(note)
         self.notes.sort(key=lambda n: n.number)
 
+    def begin_with_last(self) -> None:
+        """A host has cleared gradients between a call and its backward pass: that call is the first of a window."""
+        self.notes[:] = self.notes[-1:] if self._last is None else []
+        self._cleared = self._count - 1
+
     def _notice_gradient(self) -> None:
         self._has_gradient = any(p.grad is not None for p in self._anatomy.parameters)
 
