@@ -16,11 +16,14 @@ def main(tokens: Sequence[str] | None = None) -> int:
         print(f"gradreg: the laboratory needs {', '.join(missing)}: pip install 'gradreg[lab]'", file=sys.stderr)
         return 2
 
-    try:
-        return _run(tokens)
-    except KeyboardInterrupt as interrupt:
-        print(f"gradreg: interrupted; {str(interrupt) or 'nothing was started'}.", file=sys.stderr)
-        return 130
+    from gradreg.lab.output import lenient
+
+    with lenient():
+        try:
+            return _run(tokens)
+        except KeyboardInterrupt as interrupt:
+            print(f"gradreg: interrupted; {str(interrupt) or 'nothing was started'}.", file=sys.stderr)
+            return 130
 
 
 def _run(tokens: Sequence[str] | None) -> int:

@@ -42,3 +42,22 @@ def test_a_run_that_saved_nothing_says_how_to_start_again(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["train", "--resume", str(folder)]) == 2
     assert "start it again in a new folder with: gradreg train --data digits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["010", "-07", "1:30", "1:30.5", "20_000", "1_0.5", "yes", "No", "ON", "off"])
+def test_what_readers_of_yaml_read_differently_is_refused(value, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"epochs: {value}\n")
+    with pytest.raises(BadInput, match=r"YAML 1\.1") as refusal:
+        read_yaml("--config", file)
+    assert value in str(refusal.value)
+    assert "line 1" in str(refusal.value)
+    file.write_text(f"epochs: '{value}'\n")
+    assert read_yaml("--config", file) == {"epochs": value}
+
+
+def test_plain_numbers_and_words_are_read(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("a: 10\nb: 0\nc: 0.5\nd: -1\ne: true\nf: none\ng: 0x10\nh: nowhere\n")
+    expected = {"a": 10, "b": 0, "c": 0.5, "d": -1, "e": True, "f": "none", "g": 16, "h": "nowhere"}
+    assert read_yaml("--config", file) == expected

@@ -1,17 +1,34 @@
-"""YAML files of the user: data and nothing else, and no key twice."""
+"""YAML files of the user: data and nothing else, no key twice, and no word that readers of YAML read differently."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from gradreg.lab.folder import BadInput
+
+_AMBIGUOUS = {
+    r"[-+]?0[0-9_]+": "8 to the base in YAML 1.1, 10 in YAML 1.2; leave out the leading zeros",
+    r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?": "a number to the base 60 in YAML 1.1, a word in YAML 1.2",
+    r"[-+]?[0-9]+_[0-9_]*(\.[0-9_]*)?": "a number in YAML 1.1, a word in YAML 1.2; leave out the underscores",
+    r"(?i:yes|no|on|off)": "true or false in YAML 1.1, a word in YAML 1.2; write true or false",
+}
 
 
 class _Loader(yaml.SafeLoader):
     """Refuses what YAML itself would pass over in silence."""
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        node: Any = super().compose_scalar_node(anchor)
+        reason = next((why for form, why in _AMBIGUOUS.items() if re.fullmatch(form, node.value)), None)
+        if node.style is None and reason is not None:
+            message = f"{node.value} is {reason}; in quotes it is a word"
+            raise ComposerError(None, None, message, node.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
