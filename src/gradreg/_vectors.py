@@ -341,11 +341,14 @@ def add_scaled(xs: Vectors, step: Scalar, ys: Vectors, out: Vectors) -> None:
 
 
 def moved(xs: Vectors, step: Scalar, ys: Vectors) -> list[Tensor]:
-    """x + step · y on the host, in memory of its own; exactly x where `step` is 0, whatever y holds."""
-    alpha = float(step)
-    if alpha == 0:
+    """x + step · y in memory of its own; exactly x where `step` is 0, whatever y holds."""
+    if isinstance(step, Tensor):
+        copies = list(parts(flat(xs), xs))
+        add_scaled(xs, step, ys, out=copies)
+        return copies
+    if step == 0:
         return [x.clone() for x in xs]
-    return list(torch._foreach_add(list(xs), list(ys), alpha=alpha))  # pyright: ignore[reportPrivateImportUsage]
+    return list(torch._foreach_add(list(xs), list(ys), alpha=step))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _add_masked(xs: Vectors, step: Tensor, ys: Vectors, out: Vectors) -> None:

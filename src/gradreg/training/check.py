@@ -120,7 +120,10 @@ def _parts(value: Any) -> Iterable[tuple[str, Any]]:
         return [(f"[{key!r}]", x) for key, x in list(value.items())[:100]]
     if isinstance(value, (list, tuple)):
         return [(f"[{i}]", x) for i, x in enumerate(value[:100])]
-    return list(vars(value).items()) if hasattr(value, "__dict__") and not isinstance(value, type) else []
+    if isinstance(value, type) or not hasattr(value, "__dict__"):
+        return []
+    is_ours = type(value).__module__.startswith("gradreg.")  # what we count and keep says nothing to the user
+    return [(key, x) for key, x in vars(value).items() if not (is_ours and key.startswith("_"))]
 
 
 def _is_filled(cell: Any) -> bool:
