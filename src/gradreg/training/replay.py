@@ -38,11 +38,18 @@ class Twister:
         write: sets it.
         position: its address; None where it is not known.
         words: theirs.
+        owner: of that memory, which lives as long as this does.
     """
 
     def __init__(
-        self, read: Callable[[], tuple[Any, bool]], write: Callable[[Any], Any], position: int | None, words: int
+        self,
+        read: Callable[[], tuple[Any, bool]],
+        write: Callable[[Any], Any],
+        position: int | None,
+        words: int,
+        owner: Any = None,
     ) -> None:
+        self._owner = owner
         self._read = read
         self._write = write
         self._position = None if position is None else ctypes.c_int32.from_address(position)
@@ -82,7 +89,7 @@ def _python() -> Twister:
         state = random.getstate()
         return state, state[2] is not None
 
-    return Twister(read, random.setstate, position, start + 4)
+    return Twister(read, random.setstate, position, start + 4, generator)
 
 
 def _numpy(generator: Any) -> Twister:
@@ -95,7 +102,7 @@ def _numpy(generator: Any) -> Twister:
     is_known = type(generator).__name__ == "MT19937"
     words = generator.ctypes.state_address if is_known else 0
     position = words + 4 * _WORDS if is_known else None
-    return Twister(read, lambda state: module.set_state(pickle.loads(state)), position, words)
+    return Twister(read, lambda state: module.set_state(pickle.loads(state)), position, words, generator)
 
 
 _PYTHON = _python()
