@@ -27,8 +27,14 @@ def on_ranks(num: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     A rank that waits for another in vain fails after two minutes, and ends all of them.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, (num, folder, work, args), nprocs=num)
-        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(num)]
+        files = [f"{folder}/{rank}.pt" for rank in range(num)]
+        try:
+            mp.spawn(_run, (num, folder, work, args), nprocs=num)
+        except mp.ProcessExitedException:
+            if not all(map(os.path.exists, files)):
+                raise
+            # Killed by a signal after all was done: threads of gloo whose peers have left already.
+        return [torch.load(file, weights_only=False) for file in files]
 
 
 def once(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +66,8 @@ def _run(rank: int, num: int, folder: str, work: Callable[..., Any], args: Seque
     store = dist.FileStore(f"{folder}/store", num)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num, timeout=timedelta(minutes=2))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.save(work(rank, *args), f"{folder}/{rank}.pt")
+    torch.save(work(rank, *args), f"{folder}/{rank}.part")
+    os.rename(f"{folder}/{rank}.part", f"{folder}/{rank}.pt")
     dist.barrier()
     os._exit(0)  # threads of gloo may outlive Python's end, and abort it
 
