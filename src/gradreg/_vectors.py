@@ -63,7 +63,7 @@ def is_sharded(t: Tensor) -> bool:
 
 _PLAIN = {Tensor, Parameter}
 _DOTTED = {torch.float32, torch.float64}  # whose dot product with itself is wide enough
-_KIND = attrgetter("dtype", "device", "layout")
+_KIND, _DTYPE = attrgetter("dtype", "device", "layout"), attrgetter("dtype")
 
 
 def are_sharded(kinds: set[type]) -> bool:
@@ -283,7 +283,8 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     if is_sharded(x):
         return _part_of_sum(dot(local(x), local(y)), x)
     x, y = _reals(x.to_dense()), _reals(y.to_dense())
-    return torch.dot(x.flatten().to(wide(x.dtype)), y.flatten().to(wide(y.dtype)))
+    dtype = wide(torch.promote_types(x.dtype, y.dtype))
+    return torch.dot(x.flatten().to(dtype), y.flatten().to(dtype))
 
 
 def products(x: Tensor, y: Tensor) -> Tensor:
@@ -341,13 +342,17 @@ def add_scaled(xs: Vectors, step: Scalar, ys: Vectors, out: Vectors) -> None:
 
 
 def moved(xs: Vectors, step: Scalar, ys: Vectors) -> list[Tensor]:
-    """x + step · y in memory of its own; exactly x where `step` is 0, whatever y holds."""
+    """x + step · y in memory of its own, of few x of one kind; exactly x where `step` is 0, whatever y holds."""
     if isinstance(step, Tensor):
         copies = list(parts(flat(xs), xs))
         add_scaled(xs, step, ys, out=copies)
         return copies
     if step == 0:
         return [x.clone() for x in xs]
+    if {*map(_DTYPE, ys)} != {xs[0].dtype}:  # an ascent or a momentum in another precision
+        copies = [torch.empty_like(x) for x in xs]
+        add_scaled(xs, step, ys, out=copies)
+        return copies
     return list(torch._foreach_add(list(xs), list(ys), alpha=step))  # pyright: ignore[reportPrivateImportUsage]
 
 

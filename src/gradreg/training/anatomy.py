@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain, combinations
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ LARGE_MODEL = 2**24
 Places = list[tuple[dict[str, Any], str, Tensor | None]]
 """(owner, name, tensor) of buffers."""
 
-_REQUIRES_GRAD = attrgetter("requires_grad")
+_REQUIRES_GRAD, _VALUES = attrgetter("requires_grad"), methodcaller("values")
 
 
 def _address(p: Tensor) -> Any:
@@ -56,10 +56,10 @@ class Anatomy:
 
     def _fingerprint(self) -> tuple[list[Any], ...]:
         """What changes when a module or parameter is added, replaced, moved, frozen or thawed."""
-        parameters = [p for p in chain.from_iterable(map(dict.values, self._owners)) if p is not None]
+        parameters = [p for p in chain.from_iterable(map(_VALUES, self._owners)) if p is not None]
         is_plain = {*map(type, parameters)} <= {nn.Parameter}
         return (
-            [*map(id, chain.from_iterable(map(dict.values, self._children)))],
+            [*map(id, chain.from_iterable(map(_VALUES, self._children)))],
             [*map(len, self._owners)],
             [*map(id, parameters)],
             [*map(_REQUIRES_GRAD, parameters)],
@@ -79,7 +79,7 @@ class Anatomy:
 
     def buffers(self) -> tuple[Places, list[list[Tensor]]]:
         """Every buffer as they stand now, and groups that one vector can hold; the same lists as long as they are."""
-        now = [*map(id, chain.from_iterable(map(dict.values, self._buffers)))]
+        now = [*map(id, chain.from_iterable(map(_VALUES, self._buffers)))]
         if now != self._buffer_ids:
             self._places = [(owner, name, buffer) for owner in self._buffers for name, buffer in owner.items()]
             self._buffer_ids, self._groups = now, _by_kind({id(b): b for _, _, b in self._places if b is not None})

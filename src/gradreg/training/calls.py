@@ -107,7 +107,8 @@ class Calls:
             self.leaves += self.leaves_of(loss)
         if before_backward is not None:
             before_backward(loss)
-        some = self._parameters[:: max(1, len(self._parameters) // 4)]  # what steps in hooks steps everywhere
+        # Of all in the first step; what begins later to step in hooks does so everywhere.
+        some = self._parameters if self._is_first else self._parameters[:: max(1, len(self._parameters) // 4)]
         versions = [p._version for p in some]
         if self.is_plain:
             loss.backward()

@@ -14,39 +14,50 @@ from gradreg.training.plan import Method
 from gradreg.training.ranks import Ranks
 from gradreg.training.schedule import LargeGradients, RunningTest, Schedule, Strength, strength_at
 from gradreg.training.target import Dial, target_in
+from gradreg.training.together import check_step
 
 
 class Carried:
     """Travels with copies and pickles of a regularizer, and makes its state dict."""
 
     def __init__(self, method: Method, when: LargeGradients | None, gamma: Schedule) -> None:
+        self._method = method
         self.step = 0  # closed second passes, and what would have been one
         self.diagnostics = Diagnostics()
         self.directions = Directions(method.ascent)
         self.ahead = None if method.at is None else Directions(method.at.direction, moves_all=True)
         self.test = None if when is None else RunningTest(when)
-        self._last: tuple[Schedule, Schedule] | None = None  # its γ and ε, where they were numbers
-        self.strength: Strength | None = None  # of the last step
+        self._last: tuple[Schedule, Schedule, Strength | None] | None = None  # γ, ε and strength, if they were numbers
         self.dial: Dial | None = None
         self._turn_to(gamma)
         self._was_active = self._asks_ratio = False  # of the step at hand
 
     def strength_at(self, gamma: Schedule, epsilon: Schedule, step: int) -> Strength | None:
-        """γ and ε of a step that begins; None where γ is 0."""
-        are_numbers = not (callable(gamma) or callable(epsilon))
-        if are_numbers and self._last == (gamma, epsilon):  # checked before
-            return self.strength
+        """γ and ε of a step that begins; None where γ is 0.
+
+        Raises:
+            ValueError: numbers that no step can use, or not this method.
+        """
+        if self._last is not None and self._last[:2] == (gamma, epsilon):  # checked before
+            return self._last[2]
         self._turn_to(gamma)
         if self.dial is None:
-            self.strength = strength_at(gamma, epsilon, step)
-            self._last = (gamma, epsilon) if are_numbers else None
-            return self.strength
+            strength = strength_at(gamma, epsilon, step)
+            self._check(strength, step)
+            are_numbers = {type(gamma), type(epsilon)} <= {int, float}  # and nothing that changes in place
+            self._last = (gamma, epsilon, strength) if are_numbers else None
+            return strength
         self._last = None
         strength = self.dial.strength_at(gamma, epsilon, step)
+        self._check(strength, step)
         self._was_active = strength is not None
         self._asks_ratio = self._was_active and self.dial.is_due
         self.diagnostics.is_wanted |= self._asks_ratio
         return strength
+
+    def _check(self, strength: Strength | None, step: int) -> None:
+        if strength is not None:
+            check_step(self._method, strength, step)
 
     def _turn_to(self, gamma: Schedule) -> None:
         """A dial for this γ, which may be another one since the last step."""

@@ -102,7 +102,8 @@ def combine(
     """
     second, weight = passes[0]
     if len(passes) > 1 or cap is not None or fall_back:
-        return add_penalty(first, _differences(first, passes), norm, second if wanted else None, cap, fall_back)
+        differences = _differences(first, passes, uses_up=not wanted)
+        return add_penalty(first, differences, norm, second if wanted else None, cap, fall_back)
     result = _combine_together(first, second, weight, norm, wanted) if are_together and arrived is None else None
     if result is not None:
         return result
@@ -181,11 +182,16 @@ def _filled(gradients: Gradients, like: Gradients) -> list[Tensor | None]:
     return [torch.zeros_like(x) if g is None and x is not None else g for g, x in zip(gradients, like)]
 
 
-def _differences(first: Gradients, passes: Sequence[tuple[Gradients, float]]) -> list[Tensor | None]:
-    """Σ wₖ (gₖ − g1), in float32 or wider: several displaced gradients, missing or sparse ones, a cap, a policy."""
+def _differences(
+    first: Gradients, passes: Sequence[tuple[Gradients, float]], uses_up: bool = False
+) -> list[Tensor | None]:
+    """Σ wₖ (gₖ − g1), in float32 or wider: several displaced gradients, missing or sparse ones, a cap, a policy.
+
+    `uses_up`: gₖ may be written over, which takes no memory.
+    """
     present = [g for g in first if g is not None]
     if all(_are_usual(first, gradients) for gradients, _ in passes) and not vectors.is_low_precision(present):
-        return _differences_together(first, passes)
+        return _differences_together(first, passes, uses_up)
     differences: list[Tensor | None] = []
     for i, g in enumerate(first):
         terms = [(gradients[i], weight) for gradients, weight in passes]
@@ -201,13 +207,19 @@ def _differences(first: Gradients, passes: Sequence[tuple[Gradients, float]]) ->
     return differences
 
 
-def _differences_together(first: Gradients, passes: Sequence[tuple[Gradients, float]]) -> list[Tensor | None]:
+def _differences_together(
+    first: Gradients, passes: Sequence[tuple[Gradients, float]], uses_up: bool
+) -> list[Tensor | None]:
     """The same in a few calls for all."""
     xs = [vectors.local(g) for g in first if g is not None]
     total: list[Tensor] = []
     for gradients, weight in passes if xs else ():
         ys = [vectors.local(g) for g in gradients if g is not None]
-        gaps = list(torch._foreach_sub(ys, xs))  # pyright: ignore[reportPrivateImportUsage]
+        if uses_up and len({*map(id, ys)}) == len(ys) and not any(map(is_view, ys)):
+            torch._foreach_sub_(ys, xs)  # pyright: ignore[reportPrivateImportUsage]
+            gaps = ys
+        else:
+            gaps = list(torch._foreach_sub(ys, xs))  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_mul_(gaps, weight)  # pyright: ignore[reportPrivateImportUsage]
         if total:
             torch._foreach_add_(total, gaps)  # pyright: ignore[reportPrivateImportUsage]

@@ -49,9 +49,10 @@ class Diagnostics:
     def record(self, norm: Tensor, scale: float | Tensor, measured: Measured | None, share: float = 1.0) -> None:
         """Keep the measurements of a step on a share of the batch; None where ĝ = g1, without a second pass.
 
-        `norm` is ‖scale · g1‖; it is divided when somebody reads.
+        `norm` is ‖scale · g1‖; it is divided when somebody reads, if that can wait.
         """
-        self._grad_norm = norm, scale
+        # A scale of the user's may change in place before somebody reads.
+        self._grad_norm = (norm / scale, 1.0) if isinstance(scale, Tensor) else (norm, scale)
         self.last_ratio = None
         if measured is None:
             self._ratio, self._cosine = norm * 0, _UNKNOWN

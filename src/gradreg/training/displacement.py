@@ -1,10 +1,10 @@
 """The displacement: weights moved to θ + εd for the second pass, and put back bitwise.
 
-Adding and subtracting is not bitwise neutral, so one extra copy of the selected weights is kept between steps.
-There are two ways to use it. On the host the copy receives the displaced weights and each parameter points at it
-during the second pass: the true weights are never written. Elsewhere, and where a parameter is a view into a
-larger storage, others may hold its address (captured graphs, flat buffers, shards), so the copy receives the true
-weights and the parameter is displaced in place.
+Adding and subtracting is not bitwise neutral, so there is one extra copy of the selected weights; it is kept between
+steps, unless they are few and making it anew is the quicker. There are two ways to use it. On the host the copy
+receives the displaced weights and each parameter points at it during the second pass: the true weights are never
+written. Elsewhere, and where a parameter is a view into a larger storage, others may hold its address (captured graphs,
+flat buffers, shards), so the copy receives the true weights and the parameter is displaced in place.
 """
 
 from __future__ import annotations
@@ -60,10 +60,9 @@ class _Guard(OrderedDict):
 class Displacement:
     """Moves parameters and puts them back; owns the one extra copy.
 
-    Between `open` and `close` every `state_dict()` of the model raises, and every optimizer that would move what is
-    displaced. Opened once more, it moves on from where the
-    weights stand, in the same memory; the next `close` goes back there, by the same sum as before and thus bitwise.
-    `close` may be interrupted and called again.
+    Between `open` and `close` every `state_dict()` of the model raises, and so does every step of an optimizer that
+    would move what is displaced. Opened once more, it moves on from where the weights stand, in the same memory; the
+    next `close` goes back there, by the same sum as before and thus bitwise. `close` may be interrupted and run again.
 
     Args:
         anatomy: of the model.

@@ -36,7 +36,7 @@ from gradreg.training.schedule import (
 )
 from gradreg.training.selection import Rules, Selection
 from gradreg.training.shards import refuse_flattened, reshard, sharded
-from gradreg.training.together import check_step, check_together
+from gradreg.training.together import check_together
 
 Call = Callable[[], Tensor]
 Result = TypeVar("Result")
@@ -233,11 +233,7 @@ class GradientRegularizer:
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _strength(self) -> Strength | None:
-        before = self._carried.strength
-        strength = self._carried.strength_at(self.gamma, self.epsilon, self.step)
-        if strength is not None and strength is not before:
-            check_step(self._method, strength, self.step)
-        return strength
+        return self._carried.strength_at(self.gamma, self.epsilon, self.step)
 
     # The second door.
 

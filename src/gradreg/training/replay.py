@@ -99,9 +99,12 @@ def _numpy(generator: Any) -> Twister:
         state = module.get_state(legacy=False)
         return pickle.dumps(state), bool(state.get("has_gauss", True))
 
-    is_known = type(generator).__name__ == "MT19937"
-    words = generator.ctypes.state_address if is_known else 0
-    position = words + 4 * _WORDS if is_known else None
+    words, position = 0, None
+    if type(generator).__name__ == "MT19937":
+        words = generator.ctypes.state_address
+        *key, at = array("I", ctypes.string_at(words, 4 * (_WORDS + 1)))
+        state = module.get_state(legacy=False)["state"]
+        position = words + 4 * _WORDS if (key, at) == (state["key"].tolist(), state["pos"]) else None
     return Twister(read, lambda state: module.set_state(pickle.loads(state)), position, words, generator)
 
 
