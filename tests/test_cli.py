@@ -4,7 +4,7 @@ import pytest
 
 import gradreg
 from gradreg import cli
-from gradreg.lab.demo import run as demo
+from gradreg.studies.demo import run as demo
 
 WHOLE = "must be a whole number from"
 REFUSED = [

@@ -10,8 +10,17 @@ import pytest
 import gradreg
 
 SOURCE = Path(gradreg.__file__).parent
-RANKS = {"_vectors": 0, "functional": 1, "training": 2, "theory": 2, "curvature": 2, "integrations": 3, "lab": 4}
-RANKS |= {"cli": 5, "__main__": 6}
+RANKS = {
+    "_vectors": 0,
+    "functional": 1,
+    "training": 2,
+    "theory": 2,
+    "curvature": 2,
+    "integrations": 3,
+    "lab": 4,
+    "studies": 5,
+}
+RANKS |= {"cli": 6, "__main__": 7}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 EXTRAS = "rich matplotlib sklearn scipy optuna yaml safetensors jinja2 cyclopts mnist1d transformers lightning trl"
 

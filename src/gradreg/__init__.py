@@ -1,28 +1,36 @@
-"""Gradient regularization for any PyTorch training loop: minimize L(θ) + (γ/2)‖∇L(θ)‖²."""
+"""Gradient regularization for any PyTorch training loop: minimize L(θ) + (γ/2)‖∇L(θ)‖².
 
-from gradreg import functional
-from gradreg.functional import Flooding
-from gradreg.training import (
-    Ahead,
-    Fraction,
-    GradientRegularizer,
-    LargeGradients,
-    Momentum,
-    Previous,
-    RegularizedOptimizer,
-    Split,
-    TargetRatio,
-    asam,
-    bernoulli,
-    calibrated_gamma,
-    cheap,
-    every,
-    gnp,
-    late,
-    msam,
-    sam,
-    warmup,
-)
+Importing this reads no other module: a name is looked up where it is made when it is used first (PEP 562), so that a
+command which needs no PyTorch does not wait for it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradreg import functional
+    from gradreg.functional import Flooding
+    from gradreg.training import (
+        Ahead,
+        Fraction,
+        GradientRegularizer,
+        LargeGradients,
+        Momentum,
+        Previous,
+        RegularizedOptimizer,
+        Split,
+        TargetRatio,
+        asam,
+        bernoulli,
+        calibrated_gamma,
+        cheap,
+        every,
+        gnp,
+        late,
+        msam,
+        sam,
+        warmup,
+    )
 
 __version__ = "0.1.0"
 
@@ -49,3 +57,18 @@ __all__ = [
     "sam",
     "warmup",
 ]
+
+_HOMES = {"functional": "gradreg.functional", "Flooding": "gradreg.functional"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'gradreg' has no attribute {name!r}")
+    home = import_module(_HOMES.get(name, "gradreg.training"))
+    found = home if name == "functional" else getattr(home, name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

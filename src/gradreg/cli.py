@@ -29,6 +29,7 @@ def main(tokens: Sequence[str] | None = None) -> int:
 def _run(tokens: Sequence[str] | None) -> int:
     from cyclopts import CycloptsError
 
+    import gradreg.studies.commands  # noqa: F401 (adds its commands)
     from gradreg.lab.commands import app
     from gradreg.lab.folder import BadInput
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from gradreg.cli import main
-from gradreg.lab.claims import CLAIMS, cost, flooding, generalization, linear, runner, sam
-from gradreg.lab.claims.claim import FAILS, HOLDS, UNDECIDED, Above, AtMost, Measured, Plan, Subclaim, Table, holm
-from gradreg.lab.claims.generalization import Choice
-from gradreg.lab.claims.page import MARK, escaped, markdown, summary
-from gradreg.lab.claims.runner import judged, run_claims, shown, together
 from gradreg.lab.config import RunConfig
 from gradreg.lab.cost.measure import PREDICTED_DB_OVER_F_GR, mlp_case
+from gradreg.studies.claims import CLAIMS, cost, flooding, generalization, linear, runner, sam
+from gradreg.studies.claims.claim import FAILS, HOLDS, UNDECIDED, Above, AtMost, Measured, Plan, Subclaim, Table, holm
+from gradreg.studies.claims.generalization import Choice
+from gradreg.studies.claims.page import MARK, escaped, markdown, summary
+from gradreg.studies.claims.runner import judged, run_claims, shown, together
 
 # Verdicts.
 

@@ -11,9 +11,9 @@ from gradreg.lab.config import DATA, MODELS, RunConfig
 from gradreg.lab.data import load, with_random_labels
 from gradreg.lab.data.augment import augment
 from gradreg.lab.data.parts import Part
-from gradreg.lab.demo.tasks import RANDOM_SHARE, TASKS
 from gradreg.lab.folder import BadInput
 from gradreg.lab.models import MODELS as BUILT
+from gradreg.studies.demo.tasks import RANDOM_SHARE, TASKS
 
 EACH_TASK = pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.task)
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from gradreg.lab.cost.steps import step_costs
-from gradreg.lab.demo import run as demo
-from gradreg.lab.demo.report import page
-from gradreg.lab.demo.run import Plan, run_demo, sentence
-from gradreg.lab.demo.tasks import TASKS
-from gradreg.lab.demo.tune import GRIDS
 from gradreg.lab.folder import BadInput, new_folder, write_json
-from gradreg.lab.plots import accuracy_figure, gradient_norm_figure
+from gradreg.studies.demo import run as demo
+from gradreg.studies.demo.figures import accuracy_figure, gradient_norm_figure
+from gradreg.studies.demo.report import page
+from gradreg.studies.demo.run import Plan, run_demo, sentence
+from gradreg.studies.demo.tasks import TASKS
+from gradreg.studies.demo.tune import GRIDS
 
 TOY = Plan(tasks=tuple(replace(task, epochs=1, num_train=200) for task in list(TASKS.values())[:2]), seeds=(0, 1))
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from gradreg.cli import main
-from gradreg.lab.implicit_bias import dln
-from gradreg.lab.implicit_bias.dln import SETTINGS, Setting, sweep
-from gradreg.lab.implicit_bias.large_steps import descend
-from gradreg.lab.implicit_bias.points import EXACT, LARGE, PLAIN, POINTS
 from gradreg.lab.jobs import run_jobs
+from gradreg.studies.implicit_bias import dln
+from gradreg.studies.implicit_bias.dln import SETTINGS, Setting, sweep
+from gradreg.studies.implicit_bias.large_steps import descend
+from gradreg.studies.implicit_bias.points import EXACT, LARGE, PLAIN, POINTS
 from gradreg.theory import flow, sparse_regression
 
 AGREEMENT = dln.agreement

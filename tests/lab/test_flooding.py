@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from gradreg.cli import main
-from gradreg.lab.implicit_bias import flooding
-from gradreg.lab.implicit_bias.flooding import MODES, Plan, compare, count, identity, start_of
+from gradreg.studies.implicit_bias import flooding
+from gradreg.studies.implicit_bias.flooding import MODES, Plan, compare, count, identity, start_of
 
 TINY = replace(MODES[0], batch_size=30, level=1.0, num_steps=300)
 

@@ -11,11 +11,11 @@ from gradreg.cli import main
 from gradreg.lab.batched import obstacle
 from gradreg.lab.commands import LAST_SEED
 from gradreg.lab.cost.steps import Ratio
-from gradreg.lab.frontier import cost, page, run, tune
-from gradreg.lab.frontier.modes import FULL, MODES, PLAIN, TASKS, Candidate, job
-from gradreg.lab.frontier.page import MARK
-from gradreg.lab.frontier.summary import GOALS, goals, panels, price, task_row, worst
-from gradreg.lab.frontier.tune import (
+from gradreg.studies.frontier import cost, page, run, tune
+from gradreg.studies.frontier.modes import FULL, MODES, PLAIN, TASKS, Candidate, job
+from gradreg.studies.frontier.page import MARK
+from gradreg.studies.frontier.summary import GOALS, goals, panels, price, task_row, worst
+from gradreg.studies.frontier.tune import (
     CANDIDATES,
     CANDIDATES_OF_FULL,
     FINAL_SEEDS,
@@ -289,7 +289,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(run.Plan, "rounds", 2)
     monkeypatch.setattr(run.Plan, "rounds_larger", 1)
     monkeypatch.setattr(cost, "LARGER", replace(cost.LARGER, batch_size=4, num_train=8, depth=1, width=16))
-    monkeypatch.setattr("gradreg.lab.frontier.mechanism.SHARES", (0.5, 1.0))
+    monkeypatch.setattr("gradreg.studies.frontier.mechanism.SHARES", (0.5, 1.0))
     choices = {"tiny noisy data": {name: candidate(mode) for name, mode in MODES.items()}}
     monkeypatch.setattr(run, "shipped", lambda: choices)
 

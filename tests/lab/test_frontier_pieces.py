@@ -15,13 +15,13 @@ from gradreg.lab import objective
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import Part
 from gradreg.lab.folder import BadInput
-from gradreg.lab.frontier import mechanism
-from gradreg.lab.frontier.figure import Panel, Point, front, pareto_figure, worst, worst_figure
-from gradreg.lab.frontier.mechanism import Alignment, Frozen, alignments, ending, frozen_points, modes, over_seeds
-from gradreg.lab.frontier.retention import gain, retention
 from gradreg.lab.stats import Interval, mean_interval, paired_difference
 from gradreg.lab.train.randomness import seeded
 from gradreg.lab.train.trainer import Trainer
+from gradreg.studies.frontier import mechanism
+from gradreg.studies.frontier.figure import Panel, Point, front, pareto_figure, worst, worst_figure
+from gradreg.studies.frontier.mechanism import Alignment, Frozen, alignments, ending, frozen_points, modes, over_seeds
+from gradreg.studies.frontier.retention import gain, retention
 
 PLAIN, FULL, MODE = [76.0, 77.5, 75.0, 76.4, 76.1], [80.1, 80.0, 79.0, 81.2, 79.5], [79.0, 79.9, 77.0, 79.5, 78.8]
 CHANCE = 10.0

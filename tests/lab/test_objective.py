@@ -8,9 +8,9 @@ from torch import nn
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import load
 from gradreg.lab.data.parts import Part
-from gradreg.lab.demo.tasks import TASKS
 from gradreg.lab.models import build
 from gradreg.lab.objective import evaluate, gradient_norm, loss
+from gradreg.studies.demo.tasks import TASKS
 
 ROWS = 23
 

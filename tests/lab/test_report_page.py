@@ -14,6 +14,7 @@ from lab_folders import BASE, COSTS, EPSILONS, GAMMAS, HOSTILE, hostile_folder, 
 
 from gradreg import cli
 from gradreg.lab import stats
+from gradreg.lab.attach import attach
 from gradreg.lab.config import RunConfig, from_mapping
 from gradreg.lab.methods import METHODS
 from gradreg.lab.report.figures import costs_of, grid_of, line_of, scale_of
@@ -353,7 +354,7 @@ def test_the_python_snippet_trains_as_a_run_does(name, optimizer):
     exec(as_python(config), names)
     assert names["schedule"].last_epoch == 6
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
-    attached = METHODS[config.method].attach(model, 6, config, names["optimizer"]).regularizer
+    attached = attach(model, 6, config, names["optimizer"]).regularizer
     if attached is not None:
         found = names["regularizer"]
         attached.step, found.epsilon = 6, found.epsilon if callable(found.epsilon) else float(found.epsilon)

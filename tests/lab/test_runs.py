@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from gradreg.lab.data import load
-from gradreg.lab.demo.tasks import TASKS
-from gradreg.lab.demo.tune import GRIDS
 from gradreg.lab.methods import METHODS
 from gradreg.lab.models import build
 from gradreg.lab.pool import run_all
 from gradreg.lab.runs import Job, measure, run
+from gradreg.studies.demo.tasks import TASKS
+from gradreg.studies.demo.tune import GRIDS
 
 DIGITS, MLP, *_ = (replace(task, epochs=2) for task in TASKS.values())
 

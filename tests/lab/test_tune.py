@@ -4,10 +4,10 @@ from dataclasses import replace
 import pytest
 
 from gradreg.lab.commands import LAST_SEED
-from gradreg.lab.demo import tune as tuning
-from gradreg.lab.demo.tasks import TASKS
-from gradreg.lab.demo.tune import FACTOR, FIRST_SEED, GRIDS, SHIPPED, START, Scored, best, neighbors, tune
 from gradreg.lab.runs import Result
+from gradreg.studies.demo import tune as tuning
+from gradreg.studies.demo.tasks import TASKS
+from gradreg.studies.demo.tune import FACTOR, FIRST_SEED, GRIDS, SHIPPED, START, Scored, best, neighbors, tune
 
 TASK = next(iter(TASKS.values()))
 

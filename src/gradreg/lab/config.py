@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
 from gradreg.lab.folder import BadInput
@@ -119,6 +119,12 @@ class RunConfig:
 
 
 FIELDS: dict[str, Field[Any]] = {spec.name: spec for spec in fields(RunConfig)}
+
+
+def configure(task: RunConfig, method: str, chosen: Mapping[str, Any], seed: int) -> RunConfig:
+    """A task with a method, at the learning rate, weight decay and settings that were chosen for it."""
+    hyper_parameters = {key: chosen[key] for key in ("learning_rate", "weight_decay")}
+    return replace(task, method=method, seed=seed, **hyper_parameters, **chosen["settings"])
 
 
 def from_mapping(values: Mapping[str, Any], where: str = "configuration") -> RunConfig:

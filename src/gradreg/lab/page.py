@@ -10,13 +10,16 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from gradreg.lab.plots import INK
+from gradreg.lab.figures import INK
 
 
-def render(template: str, filters: Mapping[str, Callable[..., Any]], **values: Any) -> str:
-    """A template of this folder, filled in; half a surrogate pair, which UTF-8 cannot hold, becomes `?`."""
+def render(package: str, template: str, filters: Mapping[str, Callable[..., Any]], **values: Any) -> str:
+    """A template of a package, filled in, on the frame of `base.html`.
+
+    Half a surrogate pair, which UTF-8 cannot hold, becomes `?`.
+    """
     environment = Environment(
-        loader=FunctionLoader(source),
+        loader=FunctionLoader(lambda name: source("gradreg.lab" if name == "base.html" else package, name)),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -26,8 +29,8 @@ def render(template: str, filters: Mapping[str, Callable[..., Any]], **values: A
     return environment.get_template(template).render(values).encode("utf-8", "replace").decode("utf-8")
 
 
-def source(name: str) -> str:
-    return files("gradreg.lab").joinpath(name).read_text(encoding="utf-8")
+def source(package: str, name: str) -> str:
+    return files(package).joinpath(name).read_text(encoding="utf-8")
 
 
 def inline(name: str, svg: str, keeps_size: bool = False) -> Markup:

@@ -61,7 +61,7 @@ class Rule:
 
 
 def rule_of(config: RunConfig, num_steps: int, carries: bool = False) -> Rule:
-    """The same method as `METHODS[config.method]` attaches.
+    """The same method as `gradreg.lab.attach` attaches.
 
     Raises:
         KeyError: a method that has no such form.

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from gradreg.lab import objective
+from gradreg.lab.attach import attach
 from gradreg.lab.batched.runs import StackedRuns
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import load
@@ -146,7 +147,7 @@ def _single(config: RunConfig) -> Callable[[], None]:
     x, y = data.train.x.to(device), data.train.y.to(device)
     num_steps = config.epochs * (len(x) // config.batch_size)
     optimizer = make_optimizer(config, model)
-    backward = METHODS[config.method].attach(model, num_steps, config, optimizer).backward
+    backward = attach(model, num_steps, config, optimizer).backward
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     batch_order = torch.Generator().manual_seed(config.seed)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
-import torch
 from cyclopts import Parameter
 
 from gradreg.lab.commands.options import LAST_SEED, MOST_WORKERS, Device, Out, app, nothing_in, switch, whole
@@ -69,6 +68,8 @@ def cost(
     Prints ratios to SGD with intervals, next to what counting matrix products predicts, and writes a folder:
     results.json and a figure. Under 5 minutes on two quiet cores. Close what else is running.
     """
+    import torch
+
     from gradreg.lab.cost import steps as costs
     from gradreg.lab.cost.grid import GridPlan, run_grid
     from gradreg.lab.cost.measure import DEPTHS, MODELS, QUICK_DEPTHS, QUICK_MODELS, Plan, run_cost

@@ -11,8 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from gradreg.lab.cost.report import sentence
-from gradreg.lab.implicit_bias.dln_report import STYLE
-from gradreg.lab.plots import COLORS, FAINT, svg
+from gradreg.lab.figures import COLORS, FAINT, PRINTED, svg
 
 Row = Mapping[str, Any]
 LINES = {**COLORS, "Central": ("#c88a00", ":")}
@@ -24,7 +23,7 @@ def figure(results: Row) -> str:
     by_depth = [case for case in results["cases"] if case["model"] == "mlp"]
     others = [case for case in results["cases"] if case["model"] != "mlp"]
     methods = list(results["cases"][0]["methods"])
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(PRINTED):
         widths = [1.0, 1.0] * bool(by_depth) + [1.3] * bool(others)
         whole = Figure(figsize=(3.6 * sum(widths), 4.2), layout="constrained")
         panels = whole.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0].tolist()

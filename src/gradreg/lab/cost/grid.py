@@ -13,10 +13,10 @@ import torch
 
 from gradreg.lab.about import provenance
 from gradreg.lab.batched.speed import ALL_THREADS, BATCHED, EACH_CORE, GridSpeed
-from gradreg.lab.cost.report import console
+from gradreg.lab.cost.report import WIDTH_IN_A_PIPE
 from gradreg.lab.folder import write_json
-from gradreg.lab.implicit_bias.dln_report import table_of
 from gradreg.lab.progress import progress_bar
+from gradreg.lab.tables import console, say, table_of
 
 TARGETS = {64: 3.0, 256: 1.5}
 """By width, on two cores of a CPU."""
@@ -91,7 +91,7 @@ def verdict(speed: GridSpeed) -> Row:
 
 
 def _print(results: Row, folder: Path) -> None:
-    out = console()
+    out = console(WIDTH_IN_A_PIPE)
     ways = {ALL_THREADS: "all threads", EACH_CORE: "each core", BATCHED: "batched"}
     table = table_of("Configurations per second", ["width", *ways.values(), "ratio", "target", ""])
     for grid in results["grids"]:
@@ -112,6 +112,5 @@ def _print(results: Row, folder: Path) -> None:
         f"The ratio is to the faster of the two: median over {results['rounds']} rounds, 95% interval by bootstrap.",
         f"{results['machine']}; on {first['device']}, torch {results['versions']['torch']}{load}.",
     ]
-    for line in lines:
-        out.print(f"- {line}", markup=False, highlight=False)
-    out.print(f"\n{results['seconds']:.0f} s. Data: {folder}", markup=False, highlight=False)
+    say(out, *(f"- {line}" for line in lines))
+    say(out, "", f"{results['seconds']:.0f} s. Data: {folder}")

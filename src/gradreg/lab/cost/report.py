@@ -6,32 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from gradreg.lab.implicit_bias.dln_report import table_of
+from gradreg.lab.tables import console, say, table_of
 
 Row = Mapping[str, Any]
 WIDTH_IN_A_PIPE = 108
 DB_OVER_F_GR = "DB/F-GR"
 
 
-def console() -> Console:
-    """As wide as the terminal; of a fixed width in a pipe."""
-    own = Console()
-    return own if own.is_terminal else Console(width=WIDTH_IN_A_PIPE)
-
-
 def print_tables(results: Row, folder: Path) -> None:
-    out = console()
+    out = console(WIDTH_IN_A_PIPE)
     out.print(_time_table(results))
     for table in (_flops_table(results), _memory_table(results)):
         out.print()
         out.print(table)
     out.print()
-    for line in [sentence(results), *notes(results)]:
-        out.print(f"- {line}", markup=False, highlight=False)
-    out.print(f"\n{results['seconds']:.0f} s. Figure and data: {folder}", markup=False, highlight=False)
+    say(out, *(f"- {line}" for line in [sentence(results), *notes(results)]))
+    say(out, "", f"{results['seconds']:.0f} s. Figure and data: {folder}")
 
 
 def ratio(interval: Row) -> str:

@@ -22,11 +22,10 @@ from typing import Any, TypeVar
 import torch
 
 from gradreg.lab import objective
-from gradreg.lab.config import RunConfig
+from gradreg.lab.attach import attach
+from gradreg.lab.config import RunConfig, configure
 from gradreg.lab.data import Split, load
 from gradreg.lab.data.parts import Part
-from gradreg.lab.demo.tune import configure
-from gradreg.lab.methods import METHODS
 from gradreg.lab.models import build
 
 RATE = 1e-3  # small: the timed weights should stay where they are
@@ -62,8 +61,7 @@ def make_step(config: RunConfig, data: Split, device: torch.device = CPU) -> Ste
     first = data.train[: config.batch_size]
     batch = (first.x.to(device), first.y.to(device))
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=config.weight_decay)
-    method = METHODS[config.method]
-    backward = method.attach(model, 1, config, optimizer).backward  # a run of one step: no warm-up
+    backward = attach(model, 1, config, optimizer).backward  # a run of one step: no warm-up
 
     def step() -> None:
         optimizer.zero_grad()

@@ -30,15 +30,14 @@ from gradreg.lab.report.text import (
     compare,
     findings,
     headline,
-    listed,
     percent,
-    plural,
     points_of,
     settings,
     short,
     task_words,
     words,
 )
+from gradreg.lab.words import listed, plural
 
 GENERATOR = "gradreg report"
 MOST_POINTS, MOST_RUNS = 2_000, 2_000
@@ -99,11 +98,12 @@ def page(folder: Path) -> str:
         BadInput: as `read`.
     """
     sections = [_section(study, f"s{k}") for k, study in enumerate(read(folder), 1)]
-    script = re.sub(r"\s*</?script>\s*", "\n", source("report/script.html"))
+    script = re.sub(r"\s*</?script>\s*", "\n", source("gradreg.lab.report", "script.html"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     filters = {"percent": percent, "points": points_of, "short": short, "words": words}
     return render(
-        "report/page.html",
+        "gradreg.lab.report",
+        "page.html",
         filters,
         name=text(folder.resolve().name),
         sections=sections,

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from gradreg.lab.plots import COLORS, FAINT, INK, STYLE, LineStyle, svg
+from gradreg.lab.figures import COLORS, FAINT, INK, STYLE, LineStyle, svg
 
 MAP = colormaps["viridis"]
 _SHADES = 48  # of the color bar, drawn as rectangles: an image in the SVG would be a resource to load

@@ -62,7 +62,7 @@ def as_python(config: RunConfig) -> str:
 
 
 def _method(config: RunConfig) -> list[str]:
-    """As `gradreg.lab.methods` attaches it."""
+    """As `gradreg.lab.attach` does it."""
     if config.method == "SGD":
         return []
     if config.method == "Flooding":

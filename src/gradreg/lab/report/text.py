@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gradreg.lab import stats
-from gradreg.lab.demo.run import sentence
 from gradreg.lab.report.plots import Grid, Offer, front
 from gradreg.lab.report.studies import Point, Study, number, text
+from gradreg.lab.words import SYMBOLS, listed, plural, sentence
 
 NOT_READ = "test rows not read"
 ONE_SEED = "one seed: undecided"
-_WORDS = {"gamma": "γ", "epsilon": "ε", "rho": "ρ", "level": "b"}
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ def settings(study: Study, point: Point) -> str:
 
 
 def words(name: str) -> str:
-    return _WORDS.get(name, name.replace("_", " "))
+    return SYMBOLS.get(name, name.replace("_", " "))
 
 
 def percent(interval: stats.Interval | None) -> str:
@@ -216,11 +215,3 @@ def points_of(interval: stats.Interval | None) -> str:
 def seeds_of(interval: stats.Interval, point: Point) -> str:
     count = len({json.dumps(run.seed) for run in point.runs if math.isfinite(run.test)})
     return f"95% interval over {count} seeds" if math.isfinite(interval.low) else "one seed"
-
-
-def listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def plural(count: int) -> str:
-    return "" if count == 1 else "s"

@@ -11,13 +11,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from gradreg.lab.about import git_state, machine, versions
 from gradreg.lab.cost.steps import clock_for, make_step, paired_seconds
 from gradreg.lab.data import load
-from gradreg.lab.demo.report import accuracy, difference, diverged, settings
 from gradreg.lab.folder import BadInput, write_json, write_text
 from gradreg.lab.sweep.journal import locked
 from gradreg.lab.sweep.plan import SETTINGS, Row, Sweep, axes, from_plan
@@ -25,7 +23,9 @@ from gradreg.lab.sweep.schedule import Schedule
 from gradreg.lab.sweep.search import Range
 from gradreg.lab.sweep.storage import Place, without_password
 from gradreg.lab.sweep.study import Study
+from gradreg.lab.tables import console, say
 from gradreg.lab.train.processes import resolve
+from gradreg.lab.words import accuracy, difference, diverged, settings
 
 COST_ROUNDS = 30
 _WIDTH_IN_A_PIPE = 120
@@ -140,9 +140,7 @@ def _costs(sweep: Sweep, best: Mapping[str, Row]) -> dict[str, float]:
 
 def print_table(results: Row, folder: Path) -> None:
     """The best point of each method, and where to read on."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH_IN_A_PIPE)
+    out = console(_WIDTH_IN_A_PIPE)
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("method", no_wrap=True)
     table.add_column("best settings", min_width=12)
@@ -161,14 +159,14 @@ def print_table(results: Row, folder: Path) -> None:
             tested.get("verdict", "") + diverged(tested),
             f"{results['costs'][method]:.2f}×",
         )
-    console.print(table)
+    out.print(table)
     runs = (len(results["points"]) + len(results["best"])) * len(results["seeds"])
-    for line in (
+    say(
+        out,
         f"{len(results['points'])} points, {len(results['seeds'])} seeds, {runs} runs, {results['seconds']:.0f} s of "
         "training. The best point of each method was chosen on validation rows; test rows were read once.",
         f"Page: gradreg report {folder}",
-    ):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    )
 
 
 def _settings(point: Row) -> str:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradreg.lab import objective
+from gradreg.lab.attach import Batch, attach
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import Part, Split, load
 from gradreg.lab.data.augment import augment
 from gradreg.lab.folder import BadInput
-from gradreg.lab.methods import METHODS, ONE_PASS, Batch
+from gradreg.lab.methods import ONE_PASS
 from gradreg.lab.models import build
 from gradreg.lab.train.checkpoint import differences
 from gradreg.lab.train.processes import Processes, resolve
@@ -71,7 +72,7 @@ class Trainer:
         self.num_steps = config.epochs * self.steps_per_epoch
         self._forward = self._wrapped(self.model)
         self.optimizer = make_optimizer(config, self.model)
-        attached = METHODS[config.method].attach(self._forward, self.num_steps, config, self.optimizer)
+        attached = attach(self._forward, self.num_steps, config, self.optimizer)
         self._backward, self.regularizer = attached.backward, attached.regularizer
         self._cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.num_steps)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")

@@ -1,0 +1,209 @@
+"""The choice of hyper-parameters: on validation rows, by a rule, with as many candidates for every mode.
+
+For each task and mode:
+
+1. *Start*: plain training from nine pairs of learning rate and weight decay; every other mode from its settings at the
+   pair that plain training ended with, and at a third of its weight decay.
+2. *Climb*: the neighbors of the best point so far, one number at a time doubled or halved, until there are
+   `CANDIDATES`. Where all neighbors are behind it, steps shrink to their root.
+3. *Final*: the best `FINALISTS` again on `FINAL_SEEDS` seeds of their own; the highest mean over all its seeds wins.
+
+So each mode is tried as often, learning rate and weight decay included; but the full method, to which all are held,
+three times as often: it has more numbers than most, and a reference that is tuned too little would flatter every mode.
+The seeds are never those of the study.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from gradreg.lab.about import versions
+from gradreg.lab.batched import run_all_batched
+from gradreg.lab.config import RunConfig
+from gradreg.lab.folder import append_line, write_json
+from gradreg.lab.runs import Job, record
+from gradreg.studies.demo.tune import FIRST_SEED
+from gradreg.studies.frontier.modes import FULL, PLAIN, Candidate, Mode, job
+
+CANDIDATES, SEEDS = 18, 2
+FINALISTS, FINAL_SEEDS = 3, 4
+CANDIDATES_OF_FULL = 3 * CANDIDATES
+STEP, DECAY = 2.0, 3.0
+START = [Candidate(rate, decay, {}) for rate in (0.03, 0.1, 0.3) for decay in (7e-4, 2e-3, 6e-3)]
+SHIPPED = Path(str(files("gradreg.studies"))) / "frontier" / "frontier.json"
+
+Key = tuple[str, str]  # task and mode
+Progress = Callable[[str, int, int], None]
+
+
+class Search:
+    """The candidates of one mode on one task, in the order in which they were tried."""
+
+    def __init__(self, mode: Mode, start: Sequence[Candidate], num_candidates: int) -> None:
+        self.mode = mode
+        self.scores: dict[Candidate, list[float]] = {}
+        self._start = list(start)
+        self._left = num_candidates
+        self._step = STEP
+
+    def ask(self) -> list[Candidate]:
+        """What to try next; empty at the end."""
+        found = self._start
+        self._start = []
+        while not found and self._left and self._step > 1.05:
+            found = [c for c in self._neighbors(self.best) if c not in self.scores]
+            if not found:
+                self._step **= 0.5
+        found = list(dict.fromkeys(found))[: self._left]
+        self._left -= len(found)
+        return found
+
+    def tell(self, candidate: Candidate, scores: Sequence[float]) -> None:
+        self.scores.setdefault(candidate, []).extend(scores)
+
+    def mean(self, candidate: Candidate) -> float:
+        return sum(self.scores[candidate]) / len(self.scores[candidate])
+
+    @property
+    def best(self) -> Candidate:
+        """The highest mean; the first among equals."""
+        return max(self.scores, key=self.mean)
+
+    def finalists(self, count: int) -> list[Candidate]:
+        return sorted(self.scores, key=self.mean, reverse=True)[:count]
+
+    def choice(self) -> Candidate:
+        """The best of those with the most scores."""
+        most = max(map(len, self.scores.values()))
+        return max((c for c in self.scores if len(self.scores[c]) == most), key=self.mean)
+
+    def _neighbors(self, center: Candidate) -> list[Candidate]:
+        found = []
+        fixed = {"learning_rate"} if self.mode.rate is not None else set()
+        for factor in (self._step, 1 / self._step):
+            for name in center.values().keys() - fixed:
+                found.append(moved(center, name, factor, self.mode))
+        return sorted(found, key=lambda c: tuple(c.values().values()))
+
+
+def moved(center: Candidate, name: str, factor: float, mode: Mode) -> Candidate:
+    """One number times a factor, to three digits; a split batch keeps its share, an average is at most of all steps."""
+    if name in ("learning_rate", "weight_decay"):
+        return replace(center, **{name: _rounded(getattr(center, name) * factor)})
+    settings = dict(center.settings)
+    names = ("gamma", "epsilon") if mode.method == "Split" else (name,)
+    for own in names:
+        settings[own] = _rounded(settings[own] * factor)
+    if "average" in settings:
+        settings["average"] = min(1.0, settings["average"])
+    return replace(center, settings=settings)
+
+
+def tune(
+    tasks: Mapping[str, RunConfig],
+    modes: Mapping[str, Mode],
+    folder: Path,
+    workers: int,
+    progress: Progress,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Search, keep every run in trials.jsonl and the choice in frontier.json; return the choice."""
+    started = time.perf_counter()
+    first = FIRST_SEED + seed
+    searches: dict[Key, Search] = {(task, PLAIN.name): Search(PLAIN, START, CANDIDATES) for task in tasks}
+
+    def play(label: str, asked: Mapping[Key, Sequence[Candidate]], seeds: Sequence[int]) -> None:
+        entries = [(key, candidate) for key, row in asked.items() for candidate in row]
+        jobs = [
+            job(tasks[task], modes[mode], candidate, seed, "validation")
+            for (task, mode), candidate in entries
+            for seed in seeds
+        ]
+        scores = play_all(jobs, workers, folder / "trials.jsonl", label, progress)
+        for k, (key, candidate) in enumerate(entries):
+            searches[key].tell(candidate, scores[k * len(seeds) : (k + 1) * len(seeds)])
+
+    def climb(label: str, keys: Iterable[Key]) -> None:
+        keys, round_ = list(keys), 1
+        while asked := {key: row for key in keys if (row := searches[key].ask())}:
+            play(f"{label}, round {round_}", asked, range(first, first + SEEDS))
+            round_ += 1
+        finals = {key: searches[key].finalists(FINALISTS) for key in keys}
+        play(f"{label}, final", finals, range(first + SEEDS, first + SEEDS + FINAL_SEEDS))
+
+    climb("plain", list(searches))
+    for task in tasks:
+        plain = searches[task, PLAIN.name].choice()
+        for name, mode in modes.items():
+            if name != PLAIN.name:
+                count = CANDIDATES_OF_FULL if name == FULL.name else CANDIDATES
+                searches[task, name] = Search(mode, starts(mode, plain), count)
+    climb("modes", [key for key in searches if key[1] != PLAIN.name])
+
+    seeds = list(range(first, first + SEEDS + FINAL_SEEDS))
+    choice = {
+        "command": f"gradreg frontier --tune --seed {seed}",
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": round(time.perf_counter() - started),
+        "machine": f"CPU cores: {os.cpu_count()}, threads: {workers}",
+        "versions": versions(),
+        "seeds": seeds,
+        "tasks": {task: {name: _chosen(searches[task, name]) for name in modes} for task in tasks},
+    }
+    write_json(folder / "frontier.json", choice)
+    return choice
+
+
+def starts(mode: Mode, plain: Candidate) -> list[Candidate]:
+    """At plain training's learning rate, or the mode's multiple of it, with its weight decay and a third of it."""
+    rate = _rounded(plain.learning_rate * (mode.rate or 1.0))
+    decays = (plain.weight_decay, _rounded(plain.weight_decay / DECAY))
+    return [Candidate(rate, decay, settings) for decay in decays for settings in mode.start]
+
+
+def play_all(jobs: Sequence[Job], workers: int, lines: Path, label: str, progress: Progress) -> list[float]:
+    """The accuracy of each run; every run is kept as a line."""
+    return [row["accuracy"] for row in play_rows(jobs, workers, lines, label, progress)]
+
+
+def play_rows(jobs: Sequence[Job], workers: int, lines: Path, label: str, progress: Progress) -> list[dict[str, Any]]:
+    """Runs in stacks; what `runs.record` says of each."""
+    rows: list[dict[str, Any]] = [{}] * len(jobs)
+    with closing(run_all_batched(jobs, workers)) as results:
+        for done, (k, result) in enumerate(results, 1):
+            rows[k] = {**record(jobs[k], result), "average": jobs[k].average, "carries": jobs[k].carries}
+            append_line(lines, rows[k])
+            progress(label, done, len(jobs))
+    return rows
+
+
+def shipped() -> dict[str, dict[str, Candidate]]:
+    """The choices that come with the package, by task and mode."""
+    tasks = json.loads(SHIPPED.read_text(encoding="utf-8"))["tasks"]
+    keys = ("learning_rate", "weight_decay", "settings")
+    return {
+        task: {mode: Candidate(**{key: chosen[key] for key in keys}) for mode, chosen in row.items()}
+        for task, row in tasks.items()
+    }
+
+
+def _chosen(search: Search) -> dict[str, Any]:
+    chosen = search.choice()
+    return {
+        **asdict(chosen),
+        "validation_accuracy": round(search.mean(chosen), 4),
+        "candidates": len(search.scores),
+        "runs": sum(map(len, search.scores.values())),
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
