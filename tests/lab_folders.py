@@ -72,7 +72,7 @@ def sweep_folder(
     for config in configs(methods, seeds, base):
         found = result(config, gain=gain)
         append_line(folder / "runs.jsonl", record(Job(config, "validation"), found))
-        scores.setdefault(replace(config, seed=0), []).append(found.accuracy)
+        scores.setdefault(replace(config, seed=0), []).append(found.score)
     if test:
         for method in methods:
             best = max((c for c in scores if c.method == method), key=lambda c: sum(scores[c]))
@@ -103,7 +103,7 @@ def train_folder(folder, config, ended=True):
                 "learning_rate": config.learning_rate * rest,
                 "train_loss": found.train_loss + 2 * rest,
                 "validation_loss": 0.9 + rest,
-                "validation_accuracy": found.accuracy * (1 - rest),
+                "validation_accuracy": found.score * (1 - rest),
                 "grad_norm": found.grad_norm + rest,
                 "penalty_ratio": 0.1,
                 "seconds": 0.4 * COSTS[config.method],
@@ -117,9 +117,9 @@ def train_folder(folder, config, ended=True):
             "train_loss": found.train_loss,
             "grad_norm": found.grad_norm,
             "validation_loss": 0.9,
-            "validation_accuracy": found.accuracy - 0.01,
+            "validation_accuracy": found.score - 0.01,
             "test_loss": 0.9,
-            "test_accuracy": found.accuracy,
+            "test_accuracy": found.score,
             "seconds": 12.0 * COSTS[config.method],
         }
         write_json(folder / "results.json", {**about, "config": asdict(config), **results})

@@ -96,7 +96,7 @@ def check(jobs, rel):
         assert [p["step"] for p in result.trace] == [p["step"] for p in expected.trace]
         for point, other in zip(result.trace, expected.trace):
             assert point == pytest.approx(other, rel=rel)
-        assert result.accuracy == expected.accuracy
+        assert result.score == expected.score
         assert (result.train_loss, result.grad_norm) == pytest.approx((expected.train_loss, expected.grad_norm), rel)
         assert result.diverged == expected.diverged
 
@@ -206,7 +206,7 @@ def test_one_slice_equals_the_same_among_others(small):
     jobs = [job for method in ("F-GR", "SAM") for job in jobs_of(method)]
     for job, together in zip(jobs, run_batched(jobs)):
         (alone,) = run_batched([job])
-        assert together.accuracy == alone.accuracy
+        assert together.score == alone.score
         for point, other in zip(together.trace, alone.trace):
             assert point == pytest.approx(other, rel=1e-12)
 
@@ -222,7 +222,7 @@ def test_a_diverged_slice_leaves_the_others_alone(small):
     assert broken.diverged
     assert expected.diverged
     assert [p["step"] for p in broken.trace] == [p["step"] for p in expected.trace]
-    assert broken.accuracy == expected.accuracy
+    assert broken.score == expected.score
 
 
 def test_a_run_ends_with_the_weights_that_were_found_diverged(small):

@@ -12,7 +12,6 @@ from gradreg.lab.cost import steps as costs
 from gradreg.lab.cost.figure import figure
 from gradreg.lab.cost.grid import GridPlan, run_grid, verdict
 from gradreg.lab.cost.measure import CASES, COMPARED, LEAST_ROUNDS, PREDICTED, Plan, mlp_case, run_cost
-from gradreg.lab.models import build
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +149,7 @@ def test_peak_memory_counts_what_is_held_and_what_is_passing():
 
 def test_the_models_are_those_that_are_named():
     with torch.device("meta"):
-        sizes = {name: sum(p.numel() for p in build(c.config, c.data(0)).parameters()) for name, c in CASES.items()}
+        sizes = {name: sum(p.numel() for p in c.task(0).build(0).parameters()) for name, c in CASES.items()}
     assert 11.1e6 < sizes["resnet18"] < 11.2e6
     assert 36.4e6 < sizes["wideresnet"] < 36.6e6
     assert len({*sizes.values()}) == len(CASES)
@@ -160,9 +159,9 @@ def test_the_models_are_those_that_are_named():
 def test_a_step_of_every_method_moves_the_weights(model):
     case = CASES[model]
     config = replace(case.config, depth=1, width=16, batch_size=2)
-    data = replace(case, config=config).data(0)
+    task = replace(case, config=config).task(0)
     for name, settings in COMPARED.items():
-        step = costs.make_step(replace(config, method=name, **settings), data)
+        step = costs.make_step(replace(config, method=name, **settings), task)
         assert costs.count_flops(step) > 0
 
 

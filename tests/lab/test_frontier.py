@@ -11,6 +11,7 @@ from gradreg.cli import main
 from gradreg.lab.batched import obstacle
 from gradreg.lab.commands import LAST_SEED
 from gradreg.lab.cost.steps import Ratio
+from gradreg.lab.tasks import trained
 from gradreg.studies.frontier import cost, page, run, tune
 from gradreg.studies.frontier.modes import FULL, MODES, PLAIN, TASKS, Candidate, job
 from gradreg.studies.frontier.page import MARK
@@ -163,13 +164,13 @@ def test_steps_with_and_without_a_penalty_are_weighted():
 
 def test_the_steps_that_are_timed_do_what_the_mode_does():
     """Counted, not timed: forward passes of the real engine, in a step with and one without."""
-    data = cost.load(TASK)
+    task = trained(TASK)
     passes = {"full": [2], "every 4th": [2, 1], "large gradients": [2, 1], "MSAM": [1], "plain, averaged": [1, 1]}
     for name, expected in passes.items():
         variants = cost.variants(job(TASK, MODES[name], candidate(MODES[name]), 0, "test"))
         found = []
         for variant in variants:
-            step = cost.engine_step(variant, data)
+            step = cost.engine_step(variant, task)
             step(), step()  # from the third step on a test has a past to compare with
             with pytest.MonkeyPatch.context() as patch:
                 calls = []

@@ -223,7 +223,7 @@ CONFIG = RunConfig(data="digits", num_train=100, batch_size=20, width=8, epochs=
 
 
 def test_points_are_those_of_the_run_with_its_momentum():
-    points, data = frozen_points(CONFIG, shares=(0.0, 0.3, 1.0))
+    points, train = frozen_points(CONFIG, shares=(0.0, 0.3, 1.0))
     assert [point.step for point in points] == [1, 3, 10]
     with seeded(CONFIG.seed):
         trainer = Trainer(CONFIG)
@@ -234,7 +234,7 @@ def test_points_are_those_of_the_run_with_its_momentum():
             for ours, theirs in zip(point.model.parameters(), trainer.model.parameters()):
                 momentum = trainer.optimizer.state[theirs]["momentum_buffer"]
                 torch.testing.assert_close(point.optimizer.state[ours]["momentum_buffer"], momentum, rtol=0, atol=0)
-    assert len(data.train) == 100
+    assert len(train) == 100
 
 
 @pytest.mark.parametrize(

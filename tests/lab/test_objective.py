@@ -51,7 +51,7 @@ def test_chunks_of_any_size_give_the_mean_over_all_rows(kind, rows):
     mean, share, norm = row_by_row(model, part)
     evaluation = evaluate(model, part, rows)
     assert evaluation.loss == pytest.approx(mean, rel=1e-12)
-    assert evaluation.accuracy == pytest.approx(share, rel=1e-6)
+    assert evaluation.score == pytest.approx(share, rel=1e-6)
     assert gradient_norm(model, part, rows) == pytest.approx((mean, norm), rel=1e-12)
     assert loss(model, part).item() == pytest.approx(mean, rel=1e-12)
 

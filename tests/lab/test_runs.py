@@ -70,7 +70,7 @@ def test_the_trace_starts_at_the_first_step_and_ends_at_the_last():
 def test_recording_and_the_rows_that_are_scored_do_not_change_training():
     plain, unseen = play("SGD"), play("SGD", num_records=0, scored_on="validation")
     assert plain.train_loss == unseen.train_loss
-    assert plain.accuracy != unseen.accuracy
+    assert plain.score != unseen.score
 
 
 def test_the_gradient_norm_is_that_of_the_mean_loss():

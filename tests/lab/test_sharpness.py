@@ -81,7 +81,7 @@ def test_rows_in_many_batches_are_the_same_rows(trained, monkeypatch):
 
 def test_rows_of_characters_count_by_their_vectors():
     text = Part(torch.zeros(100, 64, dtype=torch.long), torch.zeros(100, 64, dtype=torch.long))
-    assert len(sharpness.batches_of(text)[0]) == sharpness.CHUNK // 64**2
+    assert len(sharpness.batches_of(text)[0][0]) == sharpness.CHUNK // 64**2
 
 
 def test_a_named_checkpoint_and_the_first_rows(trained, capsys):

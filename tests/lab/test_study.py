@@ -137,7 +137,7 @@ def test_the_run_of_a_killed_worker_is_run_again_and_what_it_had_finished_is_not
         study.finish("run 2", result())
         assert until_one_is_held(study) == "run 1"
         study.finish("run 1", result())
-        assert study.board().results["run 0"].accuracy == 0.75
+        assert study.board().results["run 0"].score == 0.75
         assert study.board().attempts == {"run 1": 1}
 
 
@@ -190,7 +190,7 @@ def test_a_worker_that_was_taken_for_dead_does_not_overwrite(place):
         take(other, count=1)
         assert not slow.finish("run 0", result(0.1))
         assert other.finish("run 0", result(0.9))
-        assert other.board().results["run 0"].accuracy == 0.9
+        assert other.board().results["run 0"].score == 0.9
 
 
 def test_a_result_comes_back_as_it_was(place):
@@ -198,7 +198,7 @@ def test_a_result_comes_back_as_it_was(place):
         take(study, count=1)
         study.finish("run 0", result(float("nan")))
     back = Study(place).board().results["run 0"]
-    assert (back.accuracy != back.accuracy, back.grad_norm, back.trace) == (True, 1.0, result().trace)
+    assert (back.score != back.score, back.grad_norm, back.trace) == (True, 1.0, result().trace)
 
 
 def test_half_a_line_costs_nothing_that_was_finished(journal):

@@ -100,10 +100,10 @@ def test_the_results_are_those_of_the_last_weights(whole):
     model = build(CONFIG, data)
     model.load_state_dict(checkpoint.read_model(whole / LAST))
     found = results(whole)
-    assert found["test_accuracy"] == objective.evaluate(model, data.test).accuracy
+    assert found["test_accuracy"] == objective.evaluate(model, data.test).score
     assert found["test_loss"] == objective.evaluate(model, data.test).loss
     assert (found["train_loss"], found["grad_norm"]) == objective.gradient_norm(model, data.train)
-    assert rows(whole)[-1]["validation_accuracy"] == objective.evaluate(model, data.validation).accuracy
+    assert rows(whole)[-1]["validation_accuracy"] == objective.evaluate(model, data.validation).score
     assert rows(whole)[-1]["train_loss"] == found["train_loss"]  # 100 rows are fewer than are measured
     assert (found["epochs"], found["steps"], found["diverged"]) == (4, 20, False)
 
@@ -112,7 +112,7 @@ def test_a_run_on_disk_is_the_run_in_memory(whole):
     in_memory = run(Job(CONFIG))
     found = results(whole)
     assert (found["train_loss"], found["grad_norm"]) == (in_memory.train_loss, in_memory.grad_norm)
-    assert found["test_accuracy"] == in_memory.accuracy
+    assert found["test_accuracy"] == in_memory.score
 
 
 def test_a_summary_is_printed_and_the_default_folder_is_named_after_the_time(tmp_path, monkeypatch, capsys):
@@ -214,7 +214,7 @@ def test_the_command_of_a_plan_gives_the_plan(plan, plans):
 
 
 def test_a_file_gives_the_plan_and_options_win_over_it(tmp_path, plans):
-    assert set(EVERY_FIELD) | {"rho", "level", "threshold"} == set(FIELDS)
+    assert set(EVERY_FIELD) | {"file", "ratio", "rho", "level", "threshold"} == set(FIELDS)
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(EVERY_FIELD), encoding="utf-8")  # JSON is YAML
     assert cli.main(["train", "--config", str(file)]) == 0
@@ -251,7 +251,7 @@ REFUSED = [
     ("--nonsense 1", "Unknown option: --nonsense"),
     ("--config nowhere.yaml", "--config must be a YAML file that can be read, got 'nowhere.yaml': No such file"),
     ("--config list.yaml", "--config must be a mapping"),
-    ("--config unknown.yaml", "--config has the unknown field 'gama'; the fields are data, path"),
+    ("--config unknown.yaml", "--config has the unknown field 'gama'; the fields are file, data, path"),
     ("--config torn.yaml", "--config must be YAML, got 'torn.yaml'"),
     ("--config code.yaml", "--config must be YAML, got 'code.yaml'"),
     (

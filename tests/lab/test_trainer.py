@@ -11,6 +11,7 @@ from torch import nn
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import Part, Split, load
 from gradreg.lab.folder import BadInput
+from gradreg.lab.tasks import builtin
 from gradreg.lab.train import trainer as trainer_module
 from gradreg.lab.train.checkpoint import read, write
 from gradreg.lab.train.processes import Processes
@@ -102,13 +103,13 @@ def test_n_steps_save_load_m_steps_are_n_plus_m_steps_bit_for_bit(variant, num_s
 
 
 def test_all_random_generators_belong_to_the_state(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "build", lambda config, data: Noisy())
+    monkeypatch.setattr(trainer_module, "trained", lambda config: replace(builtin(config), model=Noisy))
     assert_resumes(replace(CONFIG, **VARIANTS["f-gr"]), 8, tmp_path)
 
 
 def test_the_augmentation_belongs_to_the_state(tmp_path, monkeypatch):
     split = images()
-    monkeypatch.setattr(trainer_module, "load", lambda config: split)
+    monkeypatch.setattr(trainer_module, "trained", lambda config: builtin(config, split))
     config = replace(CONFIG, data="images", augment=True, model="cnn")
     assert_resumes(config, 3, tmp_path)
     plain, augmented = whole(replace(config, augment=False))[0], whole(config)[0]
@@ -125,9 +126,10 @@ def test_an_epoch_sees_every_row_of_whole_batches_once(monkeypatch):
     seen = []
     config = replace(CONFIG, num_train=50)
     data = load(config)
-    trainer = Trainer(config, Split(Part(torch.arange(50.0).view(50, 1), data.train.y), data.validation, data.test))
+    split = Split(Part(torch.arange(50.0).view(50, 1), data.train.y), data.validation, data.test)
+    trainer = Trainer(config, builtin(config, split))
     monkeypatch.setattr(trainer, "_backward", lambda loss_fn, batches: None)
-    monkeypatch.setattr(trainer, "_share", lambda batch: seen.append(batch.x.flatten().long()))
+    monkeypatch.setattr(trainer, "_share", lambda batch: seen.append(batch[0].flatten().long()))
     trainer.epoch()
     assert trainer.step == 2
     assert len(set(torch.cat(seen).tolist())) == 40
@@ -191,7 +193,8 @@ def test_a_compiled_model_trains_alike_and_its_state_fits_the_bare_one(variant, 
 def test_processes_share_a_batch_and_their_mean_gradient_is_that_of_one(precision):
     """Without DistributedDataParallel: the mean of what both would add to `.grad` is the gradient of the batch."""
     config = replace(CONFIG, precision=precision)
-    batch = load(config).train[:20]
+    part = load(config).train[:20]
+    batch = (part.x, part.y)
     gradients = []
     for group in (Processes(0, 1), Processes(0, 2), Processes(1, 2)):
         alone = Trainer(config)
@@ -206,9 +209,10 @@ def test_what_is_augmented_does_not_depend_on_the_processes():
     config = replace(CONFIG, data="images", augment=True, model="cnn")
     shares = []
     for group in (Processes(0, 1), Processes(0, 2), Processes(1, 2)):
-        alone = Trainer(config, images())
+        split = images()
+        alone = Trainer(config, builtin(config, split))
         alone.processes = group
-        shares.append(alone._share(alone.data.train[:20])[0])
+        shares.append(alone._share((split.train.x[:20], split.train.y[:20]))[0])
     assert torch.equal(shares[0][0::2], shares[1])
     assert torch.equal(shares[0][1::2], shares[2])
 

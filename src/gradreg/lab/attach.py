@@ -6,7 +6,8 @@ pass. SAM and flooding have no γ and run as published, from the first step on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import gradreg
-from gradreg.lab.config import RunConfig
-from gradreg.lab.methods import SIGNS
+from gradreg.functional import Adaptive
+from gradreg.lab.config import SETTINGS, RunConfig
+from gradreg.lab.folder import BadInput
+from gradreg.lab.methods import METHODS, SIGNS, Method
 
-Batch = tuple[Tensor, Tensor]
+Batch = Any
 LossFunction = Callable[[Batch], Tensor]
 Schedule = float | Callable[[int], float]
 
@@ -39,24 +42,85 @@ class Attached:
     """What has a state to save, if the method has one."""
 
 
-Attach = Callable[[nn.Module, int, RunConfig, Optimizer], Attached]
-
-
 def attach(model: nn.Module, num_steps: int, config: RunConfig, optimizer: Optimizer) -> Attached:
     """The method of a configuration on a model, for a run of so many steps."""
-    return _WAYS[config.method](model, num_steps, config, optimizer)
+    if config.method == "SGD":
+        return Attached(_plainly(lambda loss: loss))
+    if config.method == "Flooding":  # returns the loss before flooding, as the other methods do
+        assert config.level is not None
+        return Attached(_plainly(gradreg.Flooding(config.level)))
+    if config.method in _OWN:
+        regularizer = _own(config.method, model, num_steps, config, optimizer)
+    else:
+        regularizer = gradreg.GradientRegularizer(model, **options(num_steps, config, optimizer))
+    return Attached(regularizer.backward, regularizer)
 
 
-def _sgd(model: nn.Module, num_steps: int, config: RunConfig, optimizer: Optimizer) -> Attached:
-    del model, num_steps, config, optimizer
-    return Attached(_plainly(lambda loss: loss))
+def options(num_steps: int, config: RunConfig, optimizer: Optimizer | None) -> dict[str, Any]:
+    """The method as arguments of `gradreg.GradientRegularizer`; γ is 0 for plain training.
+
+    Raises:
+        BadInput: a method that is none, or one along the momentum without an optimizer.
+    """
+    if config.method == "SGD":
+        return {"gamma": 0.0, "epsilon": 1.0}
+    if config.method not in _OPTIONS:
+        raise BadInput(f"method must be one of {', '.join(_OPTIONS)} here, got {config.method!a}.")
+    if optimizer is None and (config.method == "MSAM" or config.lookahead or config.ascent == "momentum"):
+        raise BadInput("optimizer must be given for a direction along its momentum.")
+    given = _OPTIONS[config.method](num_steps, config, optimizer)
+    if "batch" not in given and config.fraction < 1:
+        given["batch"] = gradreg.Fraction(config.fraction)
+    if config.lookahead:
+        is_sam = config.method in ("SAM", "ASAM")
+        radius = config.lookahead if is_sam else _rising(config.lookahead, num_steps, config)
+        given["at"] = gradreg.Ahead(gradreg.Momentum(optimizer), radius)
+    if config.threshold is not None:
+        given["when"] = gradreg.LargeGradients(config.threshold)
+    return given
 
 
-def _flooding(model: nn.Module, num_steps: int, config: RunConfig, optimizer: Optimizer) -> Attached:
-    """Returns the loss before flooding, as the other methods do."""
-    del model, num_steps, optimizer
-    assert config.level is not None
-    return Attached(_plainly(gradreg.Flooding(config.level)))
+_OWN: dict[str, Callable[..., Any]] = {}
+"""The methods of the user's tasks, which this process has met."""
+
+
+def make_known(methods: Mapping[str, Callable[..., Any]]) -> None:
+    """Make methods of the user's known by their names.
+
+    Raises:
+        BadInput: a name of ours, or a function that takes something else than a model and settings.
+    """
+    for name, make in methods.items():
+        if name in METHODS and name not in _OWN:
+            raise BadInput(f"methods must have names of their own, got {name!a}, which is one of gradreg's.")
+        if not isinstance(name, str) or not name.isprintable() or not callable(make):
+            raise BadInput(f"methods must be functions by name, got {name!a}.")
+        parameters = list(inspect.signature(make).parameters)
+        known = (*SETTINGS, "optimizer")
+        strange = [p for p in parameters[1:] if p not in known]
+        if not parameters or strange:
+            raise BadInput(
+                f"method {name!a} must be a function of the model and of any of {', '.join(known)}, got "
+                f"({', '.join(parameters)})."
+            )
+        needs = tuple(p for p in parameters if p in SETTINGS)
+        _OWN[name] = make
+        METHODS[name] = Method(name, (make.__doc__ or "a method of the task's own").strip().splitlines()[0], needs)
+
+
+def _own(
+    name: str, model: nn.Module, num_steps: int, config: RunConfig, optimizer: Optimizer
+) -> gradreg.GradientRegularizer:
+    """γ rises, and so does ρ: all else is as it was given."""
+    make = _OWN[name]
+    given: dict[str, Any] = {"optimizer": optimizer, "epsilon": config.epsilon, "level": config.level}
+    given["gamma"] = _gamma(num_steps, config) if config.settings.keys() & {"gamma", "ratio"} else None
+    given["rho"] = None if config.rho is None else _rising(config.rho, num_steps, config)
+    wanted = list(inspect.signature(make).parameters)[1:]
+    found = make(model, **{key: given[key] for key in wanted})
+    if not isinstance(found, gradreg.GradientRegularizer):
+        raise BadInput(f"method {name!a} must return a gradreg.GradientRegularizer, got {type(found).__name__}.")
+    return found
 
 
 def _plainly(transform: Callable[[Tensor], Tensor]) -> Backward:
@@ -71,52 +135,50 @@ def _plainly(transform: Callable[[Tensor], Tensor]) -> Backward:
     return run
 
 
-def _penalty(scheme: str) -> Attach:
-    def attach(model: nn.Module, num_steps: int, config: RunConfig, optimizer: Optimizer) -> Attached:
-        assert config.gamma is not None
-        gamma = _in_its_steps(_rising(config.gamma, num_steps, config), num_steps, config)
+Options = Callable[[int, RunConfig, Any], dict[str, Any]]
+
+
+def _penalty(scheme: str) -> Options:
+    def options(num_steps: int, config: RunConfig, optimizer: Any) -> dict[str, Any]:
+        del optimizer
         epsilon = 1.0 if config.epsilon is None else config.epsilon  # DB has none
         ascent = "gradient" if scheme == "exact" else config.ascent
-        options = _options(config, optimizer, _rising(config.lookahead, num_steps, config))
-        return _attached(gradreg.GradientRegularizer(model, gamma, epsilon, scheme=scheme, ascent=ascent, **options))
+        return {"gamma": _gamma(num_steps, config), "epsilon": epsilon, "scheme": scheme, "ascent": ascent}
 
-    return attach
+    return options
 
 
-def _sam(model: nn.Module, num_steps: int, config: RunConfig, optimizer: Optimizer) -> Attached:
+def _sam(num_steps: int, config: RunConfig, optimizer: Any) -> dict[str, Any]:
+    del optimizer
     assert config.rho is not None
     rho = _in_its_steps(config.rho, num_steps, config)
-    preset = gradreg.asam if config.method == "ASAM" else gradreg.sam
-    return _attached(preset(model, rho, **_options(config, optimizer, config.lookahead)))
+    return {"gamma": rho, "epsilon": rho, "ascent": Adaptive() if config.method == "ASAM" else "normalized"}
 
 
-def _one_pass(model: nn.Module, num_steps: int, config: RunConfig, optimizer: Optimizer) -> Attached:
+def _one_pass(num_steps: int, config: RunConfig, optimizer: Any) -> dict[str, Any]:
     assert config.rho is not None
     rho = _in_its_steps(_rising(config.rho, num_steps, config), num_steps, config)
     sign = SIGNS[config.method]
     direction = gradreg.Momentum(optimizer, sign) if config.method == "MSAM" else gradreg.Previous(sign)
-    return _attached(gradreg.GradientRegularizer(model, rho, rho, ascent=direction))
+    return {"gamma": rho, "epsilon": rho, "ascent": direction}
 
 
-def _split(model: nn.Module, num_steps: int, config: RunConfig, optimizer: Optimizer) -> Attached:
+def _split(num_steps: int, config: RunConfig, optimizer: Any) -> dict[str, Any]:
     """ε rises with γ, so that the share of the batch that is displaced stays."""
-    assert config.gamma is not None
     assert config.epsilon is not None
-    gamma = _in_its_steps(_rising(config.gamma, num_steps, config), num_steps, config)
     known = {"momentum": lambda: gradreg.Momentum(optimizer), "previous": gradreg.Previous}
-    return _attached(
-        gradreg.GradientRegularizer(
-            model,
-            gamma,
-            _rising(config.epsilon, num_steps, config),
-            ascent=known[config.ascent]() if config.ascent in known else config.ascent,
-            batch=gradreg.Split(),
-        )
-    )
+    ascent = known[config.ascent]() if config.ascent in known else config.ascent
+    epsilon = _rising(config.epsilon, num_steps, config)
+    return {"gamma": _gamma(num_steps, config), "epsilon": epsilon, "ascent": ascent, "batch": gradreg.Split()}
 
 
-def _attached(regularizer: gradreg.GradientRegularizer) -> Attached:
-    return Attached(regularizer.backward, regularizer)
+def _gamma(num_steps: int, config: RunConfig) -> Schedule:
+    """γ in its steps, or what makes it follow a ratio, whose target rises as γ would."""
+    if config.ratio is not None:
+        target = gradreg.TargetRatio(config.ratio, ramp=round(config.warmup * num_steps))
+        return _in_its_steps(target, num_steps, config)
+    assert config.gamma is not None
+    return _in_its_steps(_rising(config.gamma, num_steps, config), num_steps, config)
 
 
 def _rising(value: float, num_steps: int, config: RunConfig) -> Schedule:
@@ -132,16 +194,7 @@ def _in_its_steps(value: Schedule, num_steps: int, config: RunConfig) -> Schedul
     return gradreg.bernoulli(value, config.probability) if config.probability < 1 else value
 
 
-def _options(config: RunConfig, optimizer: Optimizer, lookahead: Schedule) -> dict[str, Any]:
-    return {
-        "batch": gradreg.Fraction(config.fraction) if config.fraction < 1 else None,
-        "at": gradreg.Ahead(gradreg.Momentum(optimizer), lookahead) if config.lookahead else None,
-        "when": None if config.threshold is None else gradreg.LargeGradients(config.threshold),
-    }
-
-
-_WAYS: dict[str, Attach] = {
-    "SGD": _sgd,
+_OPTIONS: dict[str, Options] = {
     "F-GR": _penalty("forward"),
     "B-GR": _penalty("backward"),
     "Central": _penalty("central"),
@@ -150,5 +203,4 @@ _WAYS: dict[str, Attach] = {
     "ASAM": _sam,
     **dict.fromkeys(SIGNS, _one_pass),
     "Split": _split,
-    "Flooding": _flooding,
 }

@@ -7,7 +7,7 @@ Every field says in its metadata what it means and which values it may take; the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
@@ -20,12 +20,14 @@ ASCENTS = ("gradient", "normalized", "adaptive", "momentum", "previous")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
-SETTINGS = ("gamma", "epsilon", "rho", "level")
+BUILT_IN = ("data", "path", "num_train", "random_labels", "augment", "model", "depth", "width")
+"""The fields that make a built-in task; a task of the user's own has none of them."""
+SETTINGS = ("gamma", "ratio", "epsilon", "rho", "level")
 """The fields of which a method needs some and refuses the others."""
 
 
-def _choice(default: str, choices: Sequence[str], about: str) -> Any:
-    return field(default=default, metadata={"about": about, "choices": tuple(choices)})
+def _choice(default: str, choices: Collection[str], about: str) -> Any:
+    return field(default=default, metadata={"about": about, "choices": choices})
 
 
 def _whole(default: int | None, low: int, high: int, about: str) -> Any:
@@ -61,6 +63,7 @@ class RunConfig:
         gradreg.lab.folder.BadInput: epsilon must be given with method F-GR, which needs gamma, epsilon.
     """
 
+    file: str | None = _text("Task of your own, FILE.py:NAME; the command line must name it too.")
     data: str = _choice("mnist1d", DATA, "Data set.")
     path: str | None = _text("CIFAR archive, folder of IDX files or of images, or the name of a data set on the hub.")
     num_train: int | None = _whole(None, 2, 10**9, "Training rows; by default all that there are.")
@@ -69,8 +72,9 @@ class RunConfig:
     model: str = _choice("mlp", MODELS, "Model.")
     depth: int | None = _whole(None, 1, 1000, "Layers or blocks; by default the model's own.")
     width: int | None = _whole(None, 1, 65536, "Units, channels or features; by default the model's own.")
-    method: str = _choice("SGD", tuple(METHODS), "What the optimizer is given in the place of the gradient.")
+    method: str = _choice("SGD", METHODS, "What the optimizer is given in the place of the gradient.")
     gamma: float | None = _number(None, 0, 1e6, "Strength γ of the penalty.")
+    ratio: float | None = _number(None, 0, 1e3, "Penalty ratio that γ shall follow, in place of gamma.", above=True)
     epsilon: float | None = _number(None, 0, 1e6, "Step length ε of the finite difference.", above=True)
     rho: float | None = _number(None, 0, 1e6, "Radius ρ of SAM, ASAM, MSAM, Previous.", above=True)
     level: float | None = _number(None, 0, 1e6, "Flood level.")
@@ -96,24 +100,38 @@ class RunConfig:
     def __post_init__(self) -> None:
         for spec in fields(self):
             object.__setattr__(self, spec.name, checked(spec, getattr(self, spec.name)))
-        needed = METHODS[self.method].needs
+        self._check_settings()
+        check_together(self)
+        if self.file is not None:
+            for name in BUILT_IN:
+                if getattr(self, name) != FIELDS[name].default:
+                    raise BadInput(
+                        f"{name} must be left out with a task of your own, got {str(getattr(self, name))!a}."
+                    )
+
+    def _check_settings(self) -> None:
+        method = METHODS[self.method]
+        has = f"method {self.method}, which needs {', '.join(method.needs) or 'none of these settings'}"
+        follows = self.ratio is not None and method.follows_ratio
+        if follows and self.gamma is not None:
+            raise BadInput("gamma must be left out with ratio, which it follows.")
         for name in SETTINGS:
             given = getattr(self, name) is not None
-            has = f"method {self.method}, which needs {', '.join(needed) or 'none of these settings'}"
-            if given and name not in needed:
+            if given and name not in method.needs and not (name == "ratio" and follows):
                 raise BadInput(f"{name} must be left out with {has}.")
-            if not given and name in needed:
+            if not given and name in method.needs and not (name == "gamma" and follows):
                 raise BadInput(f"{name} must be given with {has}.")
-        check_together(self)
 
     @property
     def settings(self) -> dict[str, float]:
-        """γ, ε, ρ or a level: what the method needs."""
-        return {name: getattr(self, name) for name in METHODS[self.method].needs}
+        """γ or its ratio, ε, ρ or a level: what the method was given."""
+        return {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}
 
     @property
     def task(self) -> str:
-        """Data, model and labels, in words."""
+        """Data, model and labels, in words; of a task of the user's its reference."""
+        if self.file is not None:
+            return self.file
         labels = f"{self.random_labels:.0%} random labels" if self.random_labels else "clean labels"
         return f"{self.data}, {self.model.upper()}, {labels}"
 

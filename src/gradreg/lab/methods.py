@@ -32,6 +32,11 @@ class Method:
     takes: tuple[str, ...] = ()
     """Of `PASSES`, what it can be combined with."""
 
+    @property
+    def follows_ratio(self) -> bool:
+        """Whether `ratio` may stand in the place of γ: it is read off from two gradients."""
+        return {"gamma", "epsilon"} <= set(self.needs) and self.name not in ONE_PASS
+
 
 METHODS: dict[str, Method] = {
     method.name: method

@@ -5,13 +5,14 @@ The model of the last step is the one that is scored; nothing is picked along th
 Defined as: *training loss* L and *gradient norm* ‖∇L‖₂ over all parameters, both of the plain cross-entropy (no
 penalty, no flooding) on all training rows with the labels that were trained on, in evaluation mode, so that
 BatchNorm uses its running statistics and the measurement leaves no trace. *Accuracy* is the share of rows whose
-largest logit is the label.
+largest logit is the label; a task of the user's own has its own loss and score.
 """
 
 from __future__ import annotations
 
 import math
 import time
+import traceback
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +22,12 @@ from torch.optim.swa_utils import AveragedModel
 from gradreg import curvature
 from gradreg.lab import objective
 from gradreg.lab.config import RunConfig
-from gradreg.lab.data import Part
+from gradreg.lab.folder import BadInput
+from gradreg.lab.loop import Run
+from gradreg.lab.objective import Objective
+from gradreg.lab.rows import Rows
+from gradreg.lab.task import Loop, Task
+from gradreg.lab.tasks import task_of, trained
 from gradreg.lab.train.randomness import seeded
 from gradreg.lab.train.trainer import Trainer, make_optimizer
 
@@ -51,7 +57,8 @@ class Job:
 class Result:
     """What a run measured; NaN where it diverged."""
 
-    accuracy: float
+    score: float
+    """On the rows that the job names: accuracy, or what the task is judged by."""
     train_loss: float
     grad_norm: float
     trace: list[dict[str, float]]
@@ -60,17 +67,48 @@ class Result:
     seconds: float
     hessian_trace: float | None = None
     """tr H of the training loss, if it was asked for."""
+    error: str = ""
+    """What code of the user's raised, in a line; such a run has no numbers."""
 
 
 def run(job: Job) -> Result:
     """Train and measure. Bitwise the same for the same configuration on the same machine."""
+    if job.config.file is not None:
+        return _guarded(job)
+    return _run(job, trained(job.config))
+
+
+def _guarded(job: Job) -> Result:
+    """A run of the user's code, which may raise anything; where to, the traceback says in the log of this process."""
+    started = time.perf_counter()
+    try:
+        task = task_of(job.config)
+        return _play(job, task) if isinstance(task, Loop) else _run(job, task)
+    except BadInput:
+        raise
+    except Exception as error:
+        seconds = time.perf_counter() - started
+        lines = "".join(traceback.format_exception(error))
+        return Result(math.nan, math.nan, math.nan, [], True, seconds, error=lines)
+
+
+def _play(job: Job, loop: Loop) -> Result:
+    """A loop of the user's own: nothing is measured but its scores."""
+    started = time.perf_counter()
+    with seeded(job.config.seed):
+        scores = loop.scores(Run(job.config, job.scored_on))
+    score = scores[job.scored_on]
+    return Result(score, math.nan, math.nan, [], not math.isfinite(score), time.perf_counter() - started)
+
+
+def _run(job: Job, task: Task) -> Result:
     if job.carries:
         raise ValueError("carries must be false in a run of its own, got True: it is a study's, use run_batched.")
     started = time.perf_counter()
     epochs = job.config.epochs
     with seeded(job.config.seed):
-        trainer = Trainer(job.config)
-        model, data = trainer.model, trainer.data
+        trainer = Trainer(job.config, task)
+        model, of = trainer.model, task.objective
         averaged = AveragedModel(model) if job.average else None
 
         def average() -> bool:
@@ -83,7 +121,7 @@ def run(job: Job) -> Result:
         record_every = max(1, epochs // job.num_records) if job.num_records else epochs + 1
         for epoch in range(epochs):
             if epoch % record_every == 0 and job.num_records:
-                trace.append({"step": trainer.step, **measure(model, data.train)})
+                trace.append({"step": trainer.step, **measure(model, task.train, of)})
                 if not math.isfinite(trace[-1]["train_loss"]):
                     break
             trainer.epoch(average)
@@ -91,26 +129,25 @@ def run(job: Job) -> Result:
             if averaged is not None:
                 model.load_state_dict(averaged.module.state_dict())
 
-    last = measure(model, data.train)
+    last = measure(model, task.train, of)
     trace.append({"step": trainer.num_steps, **last})
-    scored = {"test": data.test, "validation": data.validation}[job.scored_on]
+    scored = {"test": task.test, "validation": task.validation}[job.scored_on]
     diverged = not math.isfinite(last["train_loss"])
     return Result(
-        accuracy(model, scored),
-        **last,
+        objective.evaluate(model, scored, of=of).score,
+        last["train_loss"],
+        last["grad_norm"],
         trace=trace,
         diverged=diverged,
         seconds=time.perf_counter() - started,
-        hessian_trace=_hessian_trace(model, data.train, job.num_probes) if job.num_probes else None,
+        hessian_trace=_hessian_trace(model, task.train, of, job.num_probes) if job.num_probes else None,
     )
 
 
-def _hessian_trace(model: nn.Module, part: Part, num_probes: int) -> float:
+def _hessian_trace(model: nn.Module, part: Rows, of: Objective, num_probes: int) -> float:
     model.eval()
-    batches = [part[first : first + _ROWS] for first in range(0, len(part), _ROWS)]
-    return curvature.hessian_trace(
-        lambda batch: objective.loss(model, batch), model, batches, num_probes=num_probes
-    ).mean
+    batches = [batch for batch, _ in part.chunks(_ROWS, 0)]
+    return curvature.hessian_trace(lambda batch: of.loss(model, batch), model, batches, num_probes=num_probes).mean
 
 
 def first_averaged(share: float, num_steps: int) -> float:
@@ -118,20 +155,19 @@ def first_averaged(share: float, num_steps: int) -> float:
     return num_steps - max(1, round(share * num_steps)) if share else math.inf
 
 
-def measure(model: nn.Module, part: Part) -> dict[str, float]:
+def measure(model: nn.Module, part: Rows, of: Objective = objective.PLAIN) -> dict[str, float]:
     """Loss and ‖∇L‖ of the plain objective on all rows, in evaluation mode."""
-    loss, norm = objective.gradient_norm(model, part)
+    loss, norm = objective.gradient_norm(model, part, of=of)
     return {"train_loss": loss, "grad_norm": norm}
 
 
-def accuracy(model: nn.Module, part: Part) -> float:
+def accuracy(model: nn.Module, part: Rows) -> float:
     """Share of rows whose largest logit is the label, in evaluation mode."""
-    return objective.evaluate(model, part).accuracy
+    return objective.evaluate(model, part).score
 
 
 def record(job: Job, result: Result) -> dict[str, Any]:
     """A line of runs.jsonl."""
-    measured = asdict(result)
-    if result.hessian_trace is None:
-        del measured["hessian_trace"]
-    return {**asdict(job.config), "task": job.config.task, "scored_on": job.scored_on, **measured}
+    measured = {name: value for name, value in asdict(result).items() if value not in (None, "")}
+    score = {"accuracy" if job.config.file is None else "score": measured.pop("score")}
+    return {**asdict(job.config), "task": job.config.task, "scored_on": job.scored_on, **score, **measured}

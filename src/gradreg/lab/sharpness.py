@@ -21,11 +21,12 @@ from gradreg import curvature
 from gradreg.lab import objective
 from gradreg.lab.about import provenance
 from gradreg.lab.config import RunConfig
-from gradreg.lab.data import load
 from gradreg.lab.data.parts import Part
 from gradreg.lab.folder import BadInput, new_folder, write_json
-from gradreg.lab.models import build
+from gradreg.lab.objective import Objective
 from gradreg.lab.progress import progress_bar
+from gradreg.lab.rows import Batch, Rows, TensorRows, moved
+from gradreg.lab.tasks import trained as task_of
 from gradreg.lab.train import checkpoint
 from gradreg.lab.train.processes import resolve
 from gradreg.lab.train.session import read_plan
@@ -33,7 +34,6 @@ from gradreg.lab.train.session import read_plan
 PARTS = ("train", "validation", "test")
 CHUNK = 2**17
 """Input numbers in a batch: 42 images of 3×32×32; the graph of a gradient holds about three times a training step."""
-_NUMBERS_IN_A_TOKEN = 64  # a model makes a vector of it
 
 Row = dict[str, Any]
 
@@ -69,7 +69,8 @@ class Trained:
     place: Path
     config: RunConfig
     model: nn.Module
-    rows: Part
+    rows: Rows
+    objective: Objective
 
 
 def load_trained(plan: Plan, say: Callable[[str], None]) -> Trained:
@@ -84,17 +85,20 @@ def load_trained(plan: Plan, say: Callable[[str], None]) -> Trained:
     except BadInput as error:
         raise BadInput(str(error).replace("--resume", "the path", 1)) from error
     weights = checkpoint.read_model(place)
-    split = load(config)
-    model = build(config, split)
+    task = task_of(config)
+    model = task.build(config.seed)
     wrong = checkpoint.differences(model.state_dict(), weights)
     if wrong:
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise BadInput(f"{str(place)!a} must hold the model of config.json: {wrong[0]}{more}.")
     model.load_state_dict(weights)
-    part: Part = getattr(split, plan.part)
+    part: Rows = getattr(task, plan.part)
     if plan.rows is not None and plan.rows > len(part):
         raise BadInput(f"--rows must be a whole number from 1 to {len(part)} ({plan.part} rows), got '{plan.rows}'.")
-    return Trained(place, config, model.to(resolve(plan.device)).eval(), part[: plan.rows] if plan.rows else part)
+    if plan.rows is not None and not isinstance(part, Part | TensorRows):
+        raise BadInput("--rows must be left out with a task whose rows are no tensors: all of them are looked at.")
+    rows = part[: plan.rows] if plan.rows and isinstance(part, Part | TensorRows) else part
+    return Trained(place, config, model.to(resolve(plan.device)).eval(), rows, task.objective)
 
 
 def _run_and_checkpoint(path: Path, say: Callable[[str], None]) -> tuple[Path, Path]:
@@ -117,7 +121,7 @@ def run_sharpness(plan: Plan, out: Path | None, say: Callable[[str], None]) -> R
             f"--eigenvalues must be a whole number from 0 to {num_parameters} (the parameters), got "
             f"'{plan.eigenvalues}'."
         )
-    evaluation = objective.evaluate(model, rows)
+    evaluation = objective.evaluate(model, rows, of=trained.objective)
     if not math.isfinite(evaluation.loss):
         raise BadInput(f"{str(trained.place)!a} must have a finite loss, got {evaluation.loss}: the run diverged.")
     folder = new_folder(out, "sharpness") if out is not None else None
@@ -132,8 +136,9 @@ def run_sharpness(plan: Plan, out: Path | None, say: Callable[[str], None]) -> R
         "rows": len(rows),
         "parameters": num_parameters,
         "loss": evaluation.loss,
-        "accuracy": evaluation.accuracy,
-        **measure(model, rows, plan),
+        trained.objective.metric.key: evaluation.score,
+        "metric": trained.objective.metric.as_row(),
+        **measure(model, rows, plan, trained.objective),
     }
     print_summary(trained, results)
     if folder is not None:
@@ -142,13 +147,13 @@ def run_sharpness(plan: Plan, out: Path | None, say: Callable[[str], None]) -> R
     return results
 
 
-def measure(model: nn.Module, rows: Part, plan: Plan) -> Row:
+def measure(model: nn.Module, rows: Rows, plan: Plan, of: Objective) -> Row:
     """‖∇L‖, tr H and the top eigenvalues, each with what it took."""
     batches = batches_of(rows)
     device = next(model.parameters()).device
 
-    def loss_fn(batch: Part) -> torch.Tensor:
-        return objective.loss(model, Part(batch.x.to(device), batch.y.to(device)))
+    def loss_fn(batch: Batch) -> torch.Tensor:
+        return of.loss(model, moved(batch, device))
 
     seconds = {}
     with progress_bar() as show:
@@ -181,11 +186,9 @@ def measure(model: nn.Module, rows: Part, plan: Plan) -> Row:
     }
 
 
-def batches_of(rows: Part) -> list[Part]:
-    """Views of the rows, so many at a time that the graph of one batch stays small."""
-    in_a_row = rows.x[0].numel() * (1 if rows.x.is_floating_point() else _NUMBERS_IN_A_TOKEN)
-    size = max(1, CHUNK // in_a_row)
-    return [rows[first : first + size] for first in range(0, len(rows), size)]
+def batches_of(rows: Rows) -> list[Batch]:
+    """The rows, so many at a time that the graph of one batch stays small; of tensors these are views."""
+    return [batch for batch, _ in rows.chunks(None, CHUNK)]
 
 
 def print_summary(trained: Trained, results: Row) -> None:
@@ -197,7 +200,8 @@ def print_summary(trained: Trained, results: Row) -> None:
         f"{results['rows']} {results['part']} rows, {results['parameters']:,} parameters, evaluation mode, "
         f"{results['device']}; {results['machine']}"
     )
-    print(f"\nL            {results['loss']:.6g}   accuracy {results['accuracy']:.2%}")
+    metric = trained.objective.metric
+    print(f"\nL            {results['loss']:.6g}   {metric.name} {metric.shown(results[metric.key])}{metric.unit}")
     print(f"‖∇L‖         {results['grad_norm']:.6g}   {seconds['gradient']:.1f} s")
     trace, top = results["trace"], results["eigenvalues"]
     if trace:

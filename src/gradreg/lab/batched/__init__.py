@@ -24,9 +24,11 @@ from gradreg.lab.batched.rules import rule_of
 from gradreg.lab.batched.runs import StackedRuns
 from gradreg.lab.batched.speed import GridSpeed, measure_grid_speed
 from gradreg.lab.config import FIELDS, RunConfig
-from gradreg.lab.data import load
-from gradreg.lab.models import build
+from gradreg.lab.data.parts import Part
+from gradreg.lab.objective import cross_entropy
 from gradreg.lab.runs import Job, Result
+from gradreg.lab.task import Loop
+from gradreg.lab.tasks import task_of, trained
 from gradreg.lab.train.processes import resolve
 
 Progress = Callable[[str, int, int], None]  # what is running, runs done, runs planned
@@ -37,7 +39,7 @@ OWN = (
     *("learning_rate", "weight_decay", "momentum", "seed"),
 )
 """The fields in which the runs of a stack may differ."""
-SHARED = ("data", "path", "num_train", "model", "depth", "width", "optimizer", "batch_size", "epochs", "device")
+SHARED = ("file", "data", "path", "num_train", "model", "depth", "width", "optimizer", "batch_size", "epochs", "device")
 PLAIN = {"augment": False, "compile": False, "precision": "fp32"}
 """Fields that must have this value. So must a field that is not named here have its default."""
 
@@ -77,6 +79,15 @@ def obstacle(config: RunConfig) -> str | None:
         rule_of(config, 1)
     except KeyError:
         return f"method must not be {config.method}"
+    task = task_of(config)
+    if isinstance(task, Loop):
+        return "the task must be a Task, got a function with a loop of its own"
+    if not isinstance(task.train, Part):
+        return "training rows must be two tensors (x, y)"
+    if task.objective.loss is not cross_entropy:
+        return "the loss must be cross-entropy"
+    if task.optimizer is not None or task.transform is not None:
+        return "the task must have no optimizer and no transform of its own"
     model = _outline(_shared(config))
     if next(model.buffers(), None) is not None:
         return f"model must have no buffers (BatchNorm), got {config.model}"
@@ -185,6 +196,6 @@ def _shared(config: RunConfig) -> RunConfig:
 @lru_cache(maxsize=64)
 def _outline(shared: RunConfig) -> nn.Module:
     """The model without its numbers."""
-    split = load(shared)
+    task = trained(shared)
     with torch.device("meta"):
-        return build(shared, split)
+        return task.model()

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from gradreg.lab import objective
 from gradreg.lab.batched.models import stack
 from gradreg.lab.batched.rules import rule_of
 from gradreg.lab.batched.training import StackedAverage, StackedOptimizer, StackedRegularizer
-from gradreg.lab.data import load
-from gradreg.lab.models import build
-from gradreg.lab.runs import Job, Result, accuracy
+from gradreg.lab.data.parts import Part
+from gradreg.lab.runs import Job, Result
+from gradreg.lab.tasks import trained
 from gradreg.lab.train.processes import resolve
 
 
@@ -30,13 +31,15 @@ class StackedRuns:
     def __init__(self, jobs: Sequence[Job]) -> None:
         configs = [job.config for job in jobs]
         device = resolve(configs[0].device)
-        splits = [load(config) for config in configs]
-        models = [build(config, split) for config, split in zip(configs, splits)]
+        tasks = [trained(config) for config in configs]
+        models = [task.build(config.seed) for config, task in zip(configs, tasks)]
+        parts = [task.train for task in tasks]
+        assert all(isinstance(part, Part) for part in parts)
         self._jobs = jobs
-        self._held_out = splits[0]
+        self._task = tasks[0]
         self._model: nn.Module = models[0].to(device)
-        self._x = splits[0].train.x.to(device)
-        self._y = torch.stack([split.train.y for split in splits]).to(device)
+        self._x = parts[0].x.to(device)
+        self._y = torch.stack([part.y for part in parts]).to(device)
         self._batch_size = configs[0].batch_size
         self._epochs = configs[0].epochs
         self._steps_per_epoch = len(self._x) // self._batch_size
@@ -73,7 +76,8 @@ class StackedRuns:
         return [
             Result(
                 score,
-                **measured,
+                measured["train_loss"],
+                measured["grad_norm"],
                 trace=[*trace, {"step": self.num_steps, **measured}],
                 diverged=not math.isfinite(measured["train_loss"]),
                 seconds=seconds,
@@ -166,6 +170,6 @@ class StackedRuns:
         ]
 
     def _score(self, k: int) -> float:
-        rows = {"test": self._held_out.test, "validation": self._held_out.validation}[self._jobs[k].scored_on]
+        rows = {"test": self._task.test, "validation": self._task.validation}[self._jobs[k].scored_on]
         vector_to_parameters(self.weights[k].clone(), self._model.parameters())
-        return accuracy(self._model, rows)
+        return objective.evaluate(self._model, rows, of=self._task.objective).score

@@ -23,11 +23,10 @@ from gradreg.lab import objective
 from gradreg.lab.attach import attach
 from gradreg.lab.batched.runs import StackedRuns
 from gradreg.lab.config import RunConfig
-from gradreg.lab.data import load
 from gradreg.lab.data.parts import Part
 from gradreg.lab.methods import METHODS
-from gradreg.lab.models import build
 from gradreg.lab.runs import Job, make_optimizer
+from gradreg.lab.tasks import trained
 from gradreg.lab.train.processes import resolve
 
 BATCH_SIZE = 100
@@ -142,9 +141,10 @@ def _train_alone(jobs: Sequence[Job], threads: int) -> float:
 
 def _single(config: RunConfig) -> Callable[[], None]:
     """The loop of a run with nothing around it."""
-    data, device = load(config), resolve(config.device)
-    model = build(config, data).to(device).train()
-    x, y = data.train.x.to(device), data.train.y.to(device)
+    task, device = trained(config), resolve(config.device)
+    model = task.build(config.seed).to(device).train()
+    assert isinstance(task.train, Part)
+    x, y = task.train.x.to(device), task.train.y.to(device)
     num_steps = config.epochs * (len(x) // config.batch_size)
     optimizer = make_optimizer(config, model)
     backward = attach(model, num_steps, config, optimizer).backward
@@ -155,7 +155,7 @@ def _single(config: RunConfig) -> Callable[[], None]:
         for _ in range(config.epochs):
             for rows in torch.randperm(len(x), generator=batch_order).to(device).split(config.batch_size):
                 optimizer.zero_grad()
-                backward(lambda batch: objective.loss(model, Part(*batch)), [(x[rows], y[rows])])
+                backward(lambda batch: objective.loss(model, batch), [(x[rows], y[rows])])
                 optimizer.step()
                 cosine.step()
         if device.type == "cuda":

@@ -166,11 +166,10 @@ def _check_runs(sweep: Sweep) -> None:
     """What only data and model can tell: that the data is there, and that the model takes it."""
     from dataclasses import replace
 
-    from gradreg.lab.data import load
-    from gradreg.lab.models import build
+    from gradreg.lab.tasks import trained
 
     for size in sorted({replace(sweep.base, **point).batch_size for point in sweep.examples}):
-        build(sweep.base, load(replace(sweep.base, batch_size=size)))
+        trained(replace(sweep.base, batch_size=size)).build(sweep.base.seed)
 
 
 def _name(out: Path | None) -> str:

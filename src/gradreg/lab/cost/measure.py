@@ -22,8 +22,9 @@ from gradreg.lab.config import RunConfig
 from gradreg.lab.cost import steps as costs
 from gradreg.lab.data.parts import Part, Split
 from gradreg.lab.folder import write_json, write_text
-from gradreg.lab.models import build
 from gradreg.lab.progress import progress_bar
+from gradreg.lab.task import Task
+from gradreg.lab.tasks import builtin
 
 COMPARED: dict[str, dict[str, float]] = {
     "SGD": {},
@@ -60,14 +61,14 @@ class Case:
     def is_language(self) -> bool:
         return self.config.model == "gpt"
 
-    def data(self, seed: int) -> Split:
-        """As many rows as are in a batch."""
+    def task(self, seed: int) -> Task:
+        """With as many random rows as are in a batch."""
         generator = torch.Generator().manual_seed(seed)
         shape = (self.config.batch_size, *self.shape)
         classes = torch.randint(self.num_classes, shape if self.is_language else shape[:1], generator=generator)
         ids = torch.randint(self.num_classes, shape, generator=generator)
         part = Part(ids if self.is_language else torch.randn(shape, generator=generator), classes)
-        return Split(part, part, part, self.num_classes)
+        return builtin(self.config, Split(part, part, part, self.num_classes))
 
 
 def _case(name: str, data: str, model: str, batch_size: int, shape: tuple[int, ...], rounds: int, **more: Any) -> Case:
@@ -178,23 +179,23 @@ def run_cost(plan: Plan, folder: Path) -> Row:
 
 def measure(case: Case, plan: Plan, progress: Callable[[], object] = lambda: None) -> Row:
     """One case: a step of every method, on models of their own that start from the same weights."""
-    data = case.data(plan.seed)
+    task = case.task(plan.seed)
     configs = {
         name: replace(case.config, method=name, seed=plan.seed, **settings) for name, settings in COMPARED.items()
     }
-    steps = {name: costs.make_step(config, data, plan.device) for name, config in configs.items()}
+    steps = {name: costs.make_step(config, task, plan.device) for name, config in configs.items()}
     flops = {name: costs.count_flops(step) for name, step in steps.items()}  # its step is a warm-up too
     clock = costs.clock_for(plan.device, plan.threads)
     seconds = costs.paired_seconds(steps, case.rounds, clock, warm_up=1, progress=progress)
     del steps
-    model = build(configs["SGD"], data)
+    model = task.build(plan.seed)
     own = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     num_parameters = sum(p.numel() for p in model.parameters())
     del model
     peak = {}
     for name, config in configs.items():
         peak[name] = own + costs.peak_bytes(
-            lambda config=config: costs.make_step(config, data, plan.device), plan.device
+            lambda config=config: costs.make_step(config, task, plan.device), plan.device
         )
         progress()
     return {

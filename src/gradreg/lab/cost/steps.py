@@ -21,12 +21,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from gradreg.lab import objective
 from gradreg.lab.attach import attach
 from gradreg.lab.config import RunConfig, configure
-from gradreg.lab.data import Split, load
-from gradreg.lab.data.parts import Part
-from gradreg.lab.models import build
+from gradreg.lab.rows import moved
+from gradreg.lab.task import Task
+from gradreg.lab.tasks import trained
 
 RATE = 1e-3  # small: the timed weights should stay where they are
 WARM_UP = 3  # rounds that allocate
@@ -49,23 +48,25 @@ class Ratio:
 
 def step_costs(task: RunConfig, chosen: Mapping[str, Mapping[str, Any]], rounds: int = 60) -> dict[str, float]:
     """Median over rounds of (a method's step) / (SGD's step of the same round) on a task, γ at full strength."""
-    data = load(task)
-    steps = {name: make_step(configure(task, name, values, seed=0), data) for name, values in chosen.items()}
+    own = trained(task)
+    steps = {name: make_step(configure(task, name, values, seed=0), own) for name, values in chosen.items()}
     seconds = paired_seconds(steps, rounds, time.thread_time)
     return {name: median(a / b for a, b in zip(seconds[name], seconds["SGD"])) for name in steps}
 
 
-def make_step(config: RunConfig, data: Split, device: torch.device = CPU) -> Step:
+def make_step(config: RunConfig, task: Task, device: torch.device = CPU) -> Step:
     """One training step on the first rows, from the freshly built model of the run."""
-    model = build(config, data).to(device).train()
-    first = data.train[: config.batch_size]
-    batch = (first.x.to(device), first.y.to(device))
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=config.weight_decay)
+    model = task.build(config.seed).to(device).train()
+    batch = moved(next(iter(task.train.chunks(config.batch_size, 0)))[0], device)
+    if task.optimizer is None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=config.weight_decay)
+    else:
+        optimizer = task.optimizer(model.parameters(), lr=RATE, weight_decay=config.weight_decay)
     backward = attach(model, 1, config, optimizer).backward  # a run of one step: no warm-up
 
     def step() -> None:
         optimizer.zero_grad()
-        backward(lambda batch: objective.loss(model, Part(*batch)), [batch])
+        backward(lambda batch: task.objective.loss(model, batch), [batch])
         optimizer.step()
 
     return step

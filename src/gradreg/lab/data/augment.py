@@ -27,3 +27,9 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     index = index.view(n, 1, height * width).expand(-1, channels, -1).to(x.device)
     padded = F.pad(x, (pad_columns, pad_columns, pad_rows, pad_rows))
     return padded.flatten(2).gather(2, index).view_as(x)
+
+
+def augmented(batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A batch (x, y) with its images augmented."""
+    x, y = batch
+    return augment(x, generator), y

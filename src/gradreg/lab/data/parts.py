@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,9 @@ from torch import Tensor
 
 SPLIT_SEED = 0
 """Of every shuffle that decides which rows are training, validation or test rows: the same in all runs."""
+
+_NUMBERS_IN_A_TOKEN = 64
+"""A token counts as so many, since a model makes a vector of it."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,23 @@ class Part:
 
     def __getitem__(self, rows: Tensor | slice) -> Part:
         return Part(self.x[rows], self.y[rows])
+
+    def num_batches(self, batch_size: int) -> int:
+        """Of an epoch, the last partial one dropped."""
+        return len(self) // batch_size
+
+    def batches(self, generator: torch.Generator, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """An epoch of (x, y), each row once, in the generator's order."""
+        return ((self.x[rows], self.y[rows]) for rows in order(len(self), generator, batch_size))
+
+    def chunks(self, rows: int | None, numbers: int) -> Iterator[tuple[tuple[Tensor, Tensor], int]]:
+        """All rows in their order, with their counts; by default so many at a time that inputs have `numbers`."""
+        if rows is None:
+            in_a_row = self.x[0].numel() * (1 if self.x.is_floating_point() else _NUMBERS_IN_A_TOKEN)
+            rows = max(1, numbers // max(1, in_a_row))
+        for first in range(0, len(self), rows):
+            chunk = self[first : first + rows]
+            yield (chunk.x, chunk.y), len(chunk)
 
 
 @dataclass(frozen=True)
@@ -48,6 +68,12 @@ class Split:
     def is_language(self) -> bool:
         """Rows are characters, and each has a label."""
         return not self.train.x.is_floating_point()
+
+
+def order(num_rows: int, generator: torch.Generator, batch_size: int) -> tuple[Tensor, ...]:
+    """The rows of each batch of an epoch, each row once, the last partial batch dropped."""
+    shuffled_rows = torch.randperm(num_rows, generator=generator)
+    return shuffled_rows[: num_rows // batch_size * batch_size].split(batch_size)
 
 
 def shuffled(num_rows: int) -> np.ndarray:

@@ -24,6 +24,11 @@ class Entry:
     """What the worker needs to know, in JSON."""
 
 
+def _result(found: dict[str, Any]) -> Result:
+    """Of a study; earlier versions said accuracy for score."""
+    return Result(**{"score" if name == "accuracy" else name: value for name, value in found.items()})
+
+
 class Board:
     """All trials at one moment, by the key of their run."""
 
@@ -56,7 +61,7 @@ class Board:
     def results(self) -> dict[str, Result]:
         """What has finished."""
         done = ((key, trial) for key, trial in self.current.items() if trial.state == TrialState.COMPLETE)
-        return {key: Result(**trial.user_attrs["result"]) for key, trial in done}
+        return {key: _result(trial.user_attrs["result"]) for key, trial in done}
 
     def is_finished(self, key: str) -> bool:
         trial = self.current.get(key)

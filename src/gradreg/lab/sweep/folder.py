@@ -15,7 +15,6 @@ from rich.table import Table
 
 from gradreg.lab.about import git_state, machine, versions
 from gradreg.lab.cost.steps import clock_for, make_step, paired_seconds
-from gradreg.lab.data import load
 from gradreg.lab.folder import BadInput, write_json, write_text
 from gradreg.lab.sweep.journal import locked
 from gradreg.lab.sweep.plan import SETTINGS, Row, Sweep, axes, from_plan
@@ -24,6 +23,7 @@ from gradreg.lab.sweep.search import Range
 from gradreg.lab.sweep.storage import Place, without_password
 from gradreg.lab.sweep.study import Study
 from gradreg.lab.tables import console, say
+from gradreg.lab.tasks import trained
 from gradreg.lab.train.processes import resolve
 from gradreg.lab.words import accuracy, difference, diverged, settings
 
@@ -131,9 +131,9 @@ def _finite(value: Any) -> Any:
 
 def _costs(sweep: Sweep, best: Mapping[str, Row]) -> dict[str, float]:
     """A step of each method at its best point, relative to SGD's at its own: the median over paired rounds."""
-    data, device = load(sweep.base), resolve(sweep.base.device)
+    task, device = trained(sweep.base), resolve(sweep.base.device)
     points = {method: {name: row[name] for name in row if name not in _MEASURED} for method, row in best.items()}
-    steps = {method: make_step(replace(sweep.base, **point), data, device) for method, point in points.items()}
+    steps = {method: make_step(replace(sweep.base, **point), task, device) for method, point in points.items()}
     seconds = paired_seconds(steps, COST_ROUNDS, clock_for(device, threads=1))
     return {name: median(a / b for a, b in zip(seconds[name], seconds["SGD"])) for name in steps}
 

@@ -215,7 +215,7 @@ def _check(sweep: Sweep, kind: str) -> None:
 
 def score(result: Result) -> float:
     """What a run counts for: its accuracy, 0 if there is none."""
-    return result.accuracy if math.isfinite(result.accuracy) else 0.0
+    return result.score if math.isfinite(result.score) else 0.0
 
 
 def best_points(points: Sequence[Point], scores: Sequence[Sequence[float]]) -> dict[str, int]:

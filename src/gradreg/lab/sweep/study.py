@@ -170,7 +170,7 @@ class Study:
         def step() -> bool:
             try:
                 self._storage.set_trial_user_attr(trial._trial_id, "result", asdict(result))
-                value = result.accuracy if result.accuracy == result.accuracy else 0.0
+                value = result.score if result.score == result.score else 0.0
                 self._storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [value])
             except UpdateFinishedTrialError:
                 return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,11 @@ def seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         set_random_state(before, device)
+
+
+def undisturbed() -> AbstractContextManager[None]:
+    """Inside, all start from 0; afterwards they are what they were."""
+    return seeded(0)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -207,8 +207,9 @@ class _Run:
 
     def _measured(self) -> Row:
         trainer = self.trainer
-        loss, norm = objective.gradient_norm(trainer.model, trainer.data.train[:MEASURED_ROWS])
-        validation = objective.evaluate(trainer.model, trainer.data.validation)
+        task, model = trainer.task, trainer.model
+        loss, norm = objective.gradient_norm(model, task.train, of=task.objective, most=MEASURED_ROWS)
+        validation = objective.evaluate(model, task.validation, of=task.objective)
         self._tick()
         return {
             "epoch": trainer.place.epoch,
@@ -216,7 +217,7 @@ class _Run:
             "learning_rate": trainer.learning_rate,
             "train_loss": loss,
             "validation_loss": validation.loss,
-            "validation_accuracy": validation.accuracy,
+            f"validation_{task.metric.key}": validation.score,
             "grad_norm": norm,
             "penalty_ratio": trainer.penalty_ratio,
             "seconds": round(self.epoch_seconds, 3),
@@ -272,9 +273,11 @@ class _Run:
         )
 
     def _results(self) -> Row:
-        trainer, data = self.trainer, self.trainer.data
-        loss, norm = objective.gradient_norm(trainer.model, data.train)
-        validation, test = (objective.evaluate(trainer.model, part) for part in (data.validation, data.test))
+        trainer, task = self.trainer, self.trainer.task
+        loss, norm = objective.gradient_norm(trainer.model, task.train, of=task.objective)
+        validation, test = (
+            objective.evaluate(trainer.model, p, of=task.objective) for p in (task.validation, task.test)
+        )
         self._tick()
         about = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         results = {
@@ -285,9 +288,10 @@ class _Run:
             "train_loss": loss,
             "grad_norm": norm,
             "validation_loss": validation.loss,
-            "validation_accuracy": validation.accuracy,
+            f"validation_{task.metric.key}": validation.score,
             "test_loss": test.loss,
-            "test_accuracy": test.accuracy,
+            f"test_{task.metric.key}": test.score,
+            "metric": task.metric.as_row(),
             "seconds": round(self.seconds, 1),
         }
         write_json(self.folder / "results.json", results)

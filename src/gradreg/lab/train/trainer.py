@@ -8,7 +8,7 @@ among them and gradients are averaged, so that a step is that of one process to 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradreg.lab import objective
 from gradreg.lab.attach import Batch, attach
 from gradreg.lab.config import RunConfig
-from gradreg.lab.data import Part, Split, load
-from gradreg.lab.data.augment import augment
+from gradreg.lab.data.parts import Part
 from gradreg.lab.folder import BadInput
 from gradreg.lab.methods import ONE_PASS
-from gradreg.lab.models import build
+from gradreg.lab.rows import TensorRows, moved, shared_out
+from gradreg.lab.task import Task
+from gradreg.lab.tasks import trained
 from gradreg.lab.train.checkpoint import differences
 from gradreg.lab.train.processes import Processes, resolve
 from gradreg.lab.train.randomness import random_state, set_random_state
@@ -46,7 +46,7 @@ class Trainer:
 
     Args:
         config: what to run.
-        data: the split; by default that of the configuration.
+        task: by default that of the configuration.
         processes: those that share each batch; by default this one alone.
         follows_penalty: measure `penalty_ratio` in the last step of each epoch; no bit of the run depends on it.
 
@@ -58,20 +58,20 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        data: Split | None = None,
+        task: Task | None = None,
         processes: Processes | None = None,
         follows_penalty: bool = False,
     ) -> None:
         self.processes = processes or Processes(device=resolve(config.device))
         _check(config, self.processes)
         self.config = config
-        self.data = load(config) if data is None else data
+        self.task = trained(config) if task is None else task
         self.device = self.processes.device
-        self.model = build(config, self.data).to(self.device)
-        self.steps_per_epoch = len(self.data.train) // config.batch_size
+        self.model = self.task.build(config.seed).to(self.device)
+        self.steps_per_epoch = self.task.train.num_batches(config.batch_size)
         self.num_steps = config.epochs * self.steps_per_epoch
         self._forward = self._wrapped(self.model)
-        self.optimizer = make_optimizer(config, self.model)
+        self.optimizer = make_optimizer(config, self.model, self.task)
         attached = attach(self._forward, self.num_steps, config, self.optimizer)
         self._backward, self.regularizer = attached.backward, attached.regularizer
         self._cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.num_steps)
@@ -79,6 +79,8 @@ class Trainer:
         self._batch_order = torch.Generator().manual_seed(config.seed)
         self._augmentation = torch.Generator().manual_seed(config.seed)
         self._epoch_start = self._batch_order.get_state()  # before the order of the epoch was drawn
+        self._epoch_random: dict[str, Any] | None = None  # what data that draws started from
+        self._is_drawing = not isinstance(self.task.train, Part | TensorRows)
         has_first_gradient = self.regularizer is not None and config.method not in ONE_PASS
         self._follows_penalty = follows_penalty and has_first_gradient
         self.penalty_ratio = 0.0
@@ -96,16 +98,14 @@ class Trainer:
 
     def epoch(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end of the epoch; whether it came so far, since `should_stop` is asked after every step."""
-        self._batch_order.set_state(self._epoch_start)
-        order = torch.randperm(len(self.data.train), generator=self._batch_order)
-        batches = order[: self.steps_per_epoch * self.config.batch_size].split(self.config.batch_size)
+        batches = self._batches()
         self._forward.train()
-        for rows in batches[self.place.position :]:
-            is_last = self.place.position == len(batches) - 1
+        for batch in batches:
+            is_last = self.place.position == self.steps_per_epoch - 1
             if is_last and self._follows_penalty:
                 assert self.regularizer is not None
                 self.regularizer.diagnostics()  # having been read, they are measured in the next step
-            self._step(self.data.train[rows])
+            self._step(batch)
             self.place.position += 1
             if is_last:
                 self._end_epoch()
@@ -113,7 +113,22 @@ class Trainer:
                 return is_last
         return True
 
-    def _step(self, batch: Part) -> None:
+    def _batches(self) -> Iterator[Batch]:
+        """What is left of the epoch. Data that draws random numbers draws those that it drew before a stop."""
+        self._batch_order.set_state(self._epoch_start)
+        here = random_state(self.device) if self._is_drawing else None
+        if self.place.position == 0:
+            self._epoch_random = here
+        elif self._epoch_random is not None:
+            set_random_state(self._epoch_random, self.device)
+        batches = iter(self.task.train.batches(self._batch_order, self.config.batch_size))
+        for _ in range(self.place.position):
+            next(batches)
+        if here is not None and self.place.position:
+            set_random_state(here, self.device)
+        return batches
+
+    def _step(self, batch: Batch) -> None:
         part = self._share(batch)
         self.optimizer.zero_grad()
         if self.config.precision == "fp16":
@@ -128,18 +143,17 @@ class Trainer:
             self._cosine.step()
 
     def _loss(self, batch: Batch) -> Tensor:
-        part = Part(*batch)
         dtype = _LOW_PRECISION.get(self.config.precision)
         if dtype is None:
-            return objective.loss(self._forward, part)
+            return self.task.objective.loss(self._forward, batch)
         with torch.autocast(self.device.type, dtype):
-            return objective.loss(self._forward, part)
+            return self.task.objective.loss(self._forward, batch)
 
-    def _share(self, batch: Part) -> Batch:
+    def _share(self, batch: Batch) -> Batch:
         """This process's rows; the whole batch is augmented first, so that they do not depend on the others."""
-        x = augment(batch.x, self._augmentation) if self.config.augment else batch.x
-        own = slice(self.processes.rank, None, self.processes.size)
-        return x[own].to(self.device), batch.y[own].to(self.device)
+        if self.task.transform is not None:
+            batch = self.task.transform(batch, self._augmentation)
+        return moved(shared_out(batch, self.processes.rank, self.processes.size), self.device)
 
     def _end_epoch(self) -> None:
         if self._follows_penalty:
@@ -168,6 +182,7 @@ class Trainer:
             "batch_order": self._epoch_start,
             "augmentation": self._augmentation.get_state(),
             "random": random_state(self.device),
+            "epoch_random": self._epoch_random,
             "epoch": self.place.epoch,
             "position": self.place.position,
         }
@@ -193,6 +208,7 @@ class Trainer:
         self._epoch_start = state["batch_order"]
         self._augmentation.set_state(state["augmentation"])
         set_random_state(state["random"], self.device)
+        self._epoch_random = state.get("epoch_random")
         self.place = Place(state["epoch"], state["position"])
 
 
@@ -207,9 +223,14 @@ def _check(config: RunConfig, processes: Processes) -> None:
         )
 
 
-def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a run on all parameters."""
+def make_optimizer(config: RunConfig, model: nn.Module, task: Task | None = None) -> torch.optim.Optimizer:
+    """The optimizer of a run on all parameters: the task's own, if it has one."""
     rate, decay = config.learning_rate, config.weight_decay
+    if task is not None and task.optimizer is not None:
+        found = task.optimizer(model.parameters(), lr=rate, weight_decay=decay)
+        if not isinstance(found, torch.optim.Optimizer):
+            raise BadInput(f"optimizer must make a torch.optim.Optimizer, got {type(found).__name__}.")
+        return found
     if config.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), lr=rate, momentum=config.momentum, weight_decay=decay)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]

@@ -94,9 +94,9 @@ def flops(case: Case, seed: int) -> dict[str, int]:
 
 
 def _steps(case: Case, seed: int) -> dict[str, costs.Step]:
-    data = case.data(seed)
+    task = case.task(seed)
     configs = {name: replace(case.config, method=name, seed=seed, **COMPARED[name]) for name in METHODS}
-    return {name: costs.make_step(config, data) for name, config in configs.items()}
+    return {name: costs.make_step(config, task) for name, config in configs.items()}
 
 
 CLAIM = Claim(

@@ -151,7 +151,7 @@ def play(
     scores = {}
     for k, config in enumerate(configs):
         of_seeds = [found[s * len(configs) + k] for s in range(len(seeds))]
-        scores[config] = Scores([r.accuracy for r in of_seeds], sum(r.diverged for r in of_seeds))
+        scores[config] = Scores([r.score for r in of_seeds], sum(r.diverged for r in of_seeds))
     return scores
 
 

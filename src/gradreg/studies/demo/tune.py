@@ -98,7 +98,7 @@ def tune(
         with closing(run_all(jobs, workers)) as results:
             for done, (k, result) in enumerate(results, 1):
                 append_line(folder / "trials.jsonl", record(jobs[k], result))
-                accuracies[k] = result.accuracy
+                accuracies[k] = result.score
                 progress(label, done, len(jobs))
         for k, (key, candidate) in enumerate(entries):
             of_seeds = accuracies[k * len(seeds) : (k + 1) * len(seeds)]

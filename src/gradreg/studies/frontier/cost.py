@@ -22,9 +22,10 @@ from gradreg.lab.batched import most_slices
 from gradreg.lab.batched.runs import StackedRuns
 from gradreg.lab.config import RunConfig
 from gradreg.lab.cost.steps import Ratio, Step, median_ratio, paired_seconds
-from gradreg.lab.data import Part, Split, load
-from gradreg.lab.models import build
+from gradreg.lab.data.parts import Part, Split
 from gradreg.lab.runs import Job
+from gradreg.lab.task import Task
+from gradreg.lab.tasks import builtin, trained
 from gradreg.lab.train.trainer import Trainer
 from gradreg.studies.frontier.modes import PLAIN, Candidate, Mode, job
 
@@ -70,11 +71,11 @@ def on_task(
     rounds: int,
 ) -> tuple[dict[str, Ratio], dict[str, Ratio]]:
     """The batched engine, and the real one, on the model of a task."""
-    data = load(task)
+    own = trained(task)
     jobs = {name: job(task, mode, chosen[name], 0, "validation") for name, mode in modes.items()}
     in_stacks = {name: job for name, job in jobs.items() if job.config.threshold is None}  # which save no pass by it
     stacked = _seconds(in_stacks, stacked_step, rounds)
-    engine = _seconds(_own(jobs), lambda job: engine_step(job, data), rounds)
+    engine = _seconds(_own(jobs), lambda job: engine_step(job, own), rounds)
     return ratios(stacked, active), ratios(engine, active)
 
 
@@ -83,10 +84,11 @@ def seconds_larger(modes: Mapping[str, Mode], rounds: int) -> Seconds:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(10, (2 * LARGER.batch_size,), generator=generator)
     part = Part(torch.randn(len(labels), 3, 32, 32, generator=generator), labels)
+    task = builtin(LARGER, Split(part, part, part))
     jobs = {
         name: job(LARGER, mode, Candidate(1e-3, 0.0, mode.start[0]), 0, "validation") for name, mode in modes.items()
     }
-    return _seconds(_own(jobs), lambda job: engine_step(job, Split(part, part, part)), rounds)
+    return _seconds(_own(jobs), lambda job: engine_step(job, task), rounds)
 
 
 def stacked_step(job: Job) -> Step:
@@ -94,21 +96,22 @@ def stacked_step(job: Job) -> Step:
     return StackedRuns([job] * most_slices(job.config)).repeat_last_step
 
 
-def engine_step(job: Job, data: Split) -> Step:
+def engine_step(job: Job, task: Task) -> Step:
     """A step of `gradreg.lab.train.trainer` at a learning rate that leaves the weights there, on two batches in turn:
     a test that compares ‖∇L‖ with its past needs something to compare.
     """
     config = job.config
-    model = build(config, data).train()
+    model = task.build(config.seed).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-9, momentum=0.9, weight_decay=config.weight_decay)
     backward = attach(model, 1, config, optimizer).backward
     averaged = AveragedModel(model) if job.average else None
-    rows = data.train
+    rows = task.train
+    assert isinstance(rows, Part)
     batches = cycle((part.x, part.y) for part in (rows[: config.batch_size], rows[-config.batch_size :]))
 
     def step() -> None:
         optimizer.zero_grad()
-        backward(lambda batch: objective.loss(model, Part(*batch)), [next(batches)])
+        backward(lambda batch: objective.loss(model, batch), [next(batches)])
         optimizer.step()
         if averaged is not None:
             averaged.update_parameters(model)

@@ -30,9 +30,9 @@ from torch.nn.utils import parameters_to_vector
 
 from gradreg import Fraction, GradientRegularizer, Momentum, Previous, Split, curvature, msam, sam
 from gradreg import _vectors as vectors
-from gradreg.lab import data, objective
+from gradreg.lab import objective
 from gradreg.lab.config import RunConfig
-from gradreg.lab.data import Part
+from gradreg.lab.data.parts import Part
 from gradreg.lab.folder import BadInput
 from gradreg.lab.sharpness import batches_of
 from gradreg.lab.stats import Interval, mean_interval
@@ -125,8 +125,8 @@ def modes(gamma: float, epsilon: float, rho: float, share: float = 0.1) -> list[
     ]
 
 
-def frozen_points(config: RunConfig, shares: Sequence[float] = SHARES) -> tuple[list[Frozen], data.Split]:
-    """Train, and keep a copy at each of these shares of the steps, one step in at least; and the rows of the run.
+def frozen_points(config: RunConfig, shares: Sequence[float] = SHARES) -> tuple[list[Frozen], Part]:
+    """Train, and keep a copy at each of these shares of the steps, one step in at least; and the training rows.
 
     Raises:
         BadInput: shares that do not increase from 0 to 1, or a run that is not plain.
@@ -146,7 +146,9 @@ def frozen_points(config: RunConfig, shares: Sequence[float] = SHARES) -> tuple[
             optimizer = make_optimizer(config, model)
             optimizer.load_state_dict(copy.deepcopy(trainer.optimizer.state_dict()))
             points.append(Frozen(trainer.step, model, optimizer))
-    return points, trainer.data
+    rows = trainer.task.train
+    assert isinstance(rows, Part)
+    return points, rows
 
 
 def alignments(
@@ -234,7 +236,7 @@ def _penalty(point: Frozen, make: Make, steps: Sequence[Sequence[Part]]) -> tupl
         batches = [(batch.x.to(device), batch.y.to(device)) for batch in steps[step]]
         model.zero_grad()
         with seeded(step + len(steps)):  # both calls see the same dropout masks
-            call(lambda batch: objective.loss(model, Part(*batch)) / len(batches), batches)
+            call(lambda batch: objective.loss(model, batch) / len(batches), batches)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
         return parameters_to_vector(gradients).double()
 

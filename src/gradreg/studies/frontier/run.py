@@ -148,10 +148,10 @@ def _mechanism(plan: Plan, task: RunConfig, chosen: Mapping[str, Candidate]) -> 
     steps: list[int] = []
     for seed in plan.seeds_mechanism:
         config = job(task, PLAIN, chosen[PLAIN.name], seed, "test").config
-        points, data = mechanism.frozen_points(config)
+        points, train = mechanism.frozen_points(config)
         steps = [point.step for point in points]
         for rows, point in zip(by_point, points):
-            rows.append(mechanism.alignments(point, modes, data.train, task.batch_size, full["epsilon"], seed))
+            rows.append(mechanism.alignments(point, modes, train, task.batch_size, full["epsilon"], seed))
     return [
         {"step": step, "rows": [asdict(summary) for summary in mechanism.over_seeds(rows)]}
         for step, rows in zip(steps, by_point)

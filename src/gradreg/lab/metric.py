@@ -1,0 +1,64 @@
+"""What a score is: its name, which way is better, and how it is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number for each run.
+
+    Example:
+        >>> ACCURACY.shown(0.7734), ACCURACY.gap(0.0123), Metric("rmse", higher_is_better=False).shown(0.07734)
+        ('77.3', '+1.2', '0.0773')
+    """
+
+    name: str = "accuracy"
+    higher_is_better: bool = True
+    is_share: bool = False
+    """From 0 to 1, and written in percent."""
+
+    @property
+    def key(self) -> str:
+        """In the files: `validation_accuracy`, or `validation_score` where the score is the user's."""
+        return "accuracy" if self == ACCURACY else "score"
+
+    @property
+    def unit(self) -> str:
+        """Of the numbers that are shown."""
+        return "%" if self.is_share else ""
+
+    @property
+    def gap_unit(self) -> str:
+        return "points" if self.is_share else self.name
+
+    def worth(self, value: float) -> float:
+        """Larger is better; what is not finite is worst."""
+        if not math.isfinite(value):
+            return -math.inf
+        return value if self.higher_is_better else -value
+
+    def shown(self, value: float) -> str:
+        return f"{100 * value:.1f}" if self.is_share else f"{value:.3g}"
+
+    def gap(self, value: float) -> str:
+        """With its sign."""
+        text = f"{100 * value + 0.0:+.1f}" if self.is_share else f"{value + 0.0:+.2g}"
+        return text.replace("-", "−")
+
+    def as_row(self) -> dict[str, Any]:
+        return {"name": self.name, "higher_is_better": self.higher_is_better, "is_share": self.is_share}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any] | None) -> Metric:
+        """Of a file; of one without it, accuracy."""
+        if not isinstance(row, Mapping):
+            return ACCURACY
+        return cls(str(row.get("name")), bool(row.get("higher_is_better")), bool(row.get("is_share")))
+
+
+ACCURACY = Metric("accuracy", is_share=True)
