@@ -6,7 +6,7 @@ import torch
 from gradreg.lab.data import load
 from gradreg.lab.methods import METHODS
 from gradreg.lab.models import build
-from gradreg.lab.pool import run_all
+from gradreg.lab.player import run_all
 from gradreg.lab.runs import Job, measure, run
 from gradreg.studies.demo.tasks import TASKS
 from gradreg.studies.demo.tune import GRIDS

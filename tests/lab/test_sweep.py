@@ -18,11 +18,11 @@ from gradreg.lab import stats
 from gradreg.lab.config import FIELDS, from_mapping
 from gradreg.lab.folder import BadInput
 from gradreg.lab.runs import Result
+from gradreg.lab.search import Range, propose
 from gradreg.lab.sweep import workers
 from gradreg.lab.sweep.folder import conclude, find
 from gradreg.lab.sweep.plan import best_points, from_plan, read_sweep, summarize
-from gradreg.lab.sweep.schedule import Schedule
-from gradreg.lab.sweep.search import Range, propose
+from gradreg.lab.sweep.schedule import SweepSchedule
 from gradreg.lab.sweep.storage import Place
 from gradreg.lab.sweep.study import Study
 from gradreg.lab.sweep.workers import Worker, work
@@ -404,7 +404,7 @@ def test_a_search_tries_so_many_points_and_tests_the_best(tmp_path, monkeypatch)
     assert [(c.method, c.seed) for c in tested] == [("SGD", 0), ("F-GR", 0), ("SGD", 1), ("F-GR", 1)]
     assert tested[1].gamma == min(gammas, key=lambda gamma: abs(gamma - 0.03))
     with Study(place) as study:
-        assert Schedule(from_plan(study.plan)).status(study.board()).is_finished
+        assert SweepSchedule(from_plan(study.plan)).status(study.board()).is_finished
 
 
 def test_the_test_rows_are_read_last_and_once(tmp_path, monkeypatch):
@@ -436,11 +436,11 @@ def test_the_estimator_finds_where_accuracy_is_high():
     axes = {"gamma": Range(1e-3, 1.0, "log")}
     tried = []
     for k in range(30):
-        point = propose("DB", axes, tried, seed=k)
+        point = propose(axes, tried, seed=k)
         tried.append((point, -abs(point["gamma"] - 0.03)))
     late = [point["gamma"] for point, _ in tried[-10:]]
     assert sum(0.01 < gamma < 0.1 for gamma in late) >= 6
-    assert propose("DB", axes, tried, seed=1) == propose("DB", axes, tried, seed=1)
+    assert propose(axes, tried, seed=1) == propose("DB", axes, tried, seed=1)
 
 
 def test_a_folder_that_was_altered_is_refused(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 The grid is four methods, SGD, F-GR, B-GR and DB, in equal numbers, each run with a seed, γ and ε of its own, on
 one-dimensional MNIST with an MLP of depth 3, batches of 100 and γ at full strength from the first step. Building the
 runs is left out, recording is off. One at a time is done in the two ways that there are: all threads on one run, and
-a process of one thread for each core, as `gradreg.lab.pool` has it; the ratio is to the faster.
+a process of one thread for each core, as `gradreg.lab.player` has it; the ratio is to the faster.
 """
 
 from __future__ import annotations

@@ -62,9 +62,9 @@ def sweep(
     intervals and verdicts, and writes a folder: config.json, study.log, runs.jsonl, results.json. May be killed at any
     time; --resume goes on, and, given in other terminals or on other machines, shares the work.
     """
-    from gradreg.lab.pool import default_workers
+    from gradreg.lab.player import default_workers
     from gradreg.lab.sweep import folder as sweep_folder
-    from gradreg.lab.sweep.schedule import Schedule
+    from gradreg.lab.sweep.schedule import SweepSchedule
     from gradreg.lab.sweep.storage import Place
     from gradreg.lab.sweep.workers import Worker, should_batch, work_together
 
@@ -93,7 +93,7 @@ def sweep(
 
     again = f"finished runs are kept; go on with: gradreg sweep --resume {shlex.quote(str(folder))}"
     try:
-        work_together(Worker(folder.resolve(), place, is_batched, count), Schedule(sweep))
+        work_together(Worker(folder.resolve(), place, is_batched, count), SweepSchedule(sweep))
         results = sweep_folder.conclude(folder, place)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(again) from None

@@ -16,10 +16,10 @@ from rich.table import Table
 from gradreg.lab.about import git_state, machine, versions
 from gradreg.lab.cost.steps import clock_for, make_step, paired_seconds
 from gradreg.lab.folder import BadInput, write_json, write_text
+from gradreg.lab.search import Range
 from gradreg.lab.sweep.journal import locked
 from gradreg.lab.sweep.plan import SETTINGS, Row, Sweep, axes, from_plan
-from gradreg.lab.sweep.schedule import Schedule
-from gradreg.lab.sweep.search import Range
+from gradreg.lab.sweep.schedule import SweepSchedule
 from gradreg.lab.sweep.storage import Place, without_password
 from gradreg.lab.sweep.study import Study
 from gradreg.lab.tables import console, say
@@ -96,7 +96,7 @@ def conclude(folder: Path, place: Place) -> Row:
         if (folder / "results.json").exists():
             return json.loads((folder / "results.json").read_text(encoding="utf-8"))
         with Study(place) as study:
-            schedule = Schedule(from_plan(study.plan))
+            schedule = SweepSchedule(from_plan(study.plan))
             board = study.board()
         rows, summary = schedule.rows(board), schedule.summary(board)
         write_text(folder / "runs.jsonl", "".join(_line(row) for row in rows))

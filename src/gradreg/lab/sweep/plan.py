@@ -18,7 +18,7 @@ from gradreg.lab.config import FIELDS, SETTINGS, RunConfig, checked, from_mappin
 from gradreg.lab.folder import BadInput
 from gradreg.lab.methods import METHODS
 from gradreg.lab.runs import Job, Result
-from gradreg.lab.sweep.search import Range, range_from
+from gradreg.lab.search import Range, range_from
 from gradreg.lab.yaml_file import read_yaml
 
 AXES = (

@@ -1,16 +1,18 @@
-"""Which runs of a sweep come next, as a function of what the study holds: every worker comes to the same answer."""
+"""Which runs come next, as a function of what the study holds: every worker comes to the same answer."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gradreg.lab.runs import Job, Result
+from gradreg.lab.config import RunConfig
+from gradreg.lab.runs import Job, Result, record
+from gradreg.lab.search import propose
 from gradreg.lab.sweep.board import Board, Entry
 from gradreg.lab.sweep.plan import Block, Point, Row, Sweep, best_points, score, summarize
-from gradreg.lab.sweep.search import propose
 
 MOST_ATTEMPTS = 3
 """Of a run, from when a worker starts: one that kills its workers must not do so for ever."""
@@ -18,27 +20,82 @@ MOST_ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Status:
-    """How far a sweep is."""
+    """How far it is."""
 
     done: int
     planned: int
-    best: Mapping[str, float]
-    """Of each method, the highest mean validation accuracy of the points whose seeds are all in."""
+    text: str
+    """The best so far."""
     is_finished: bool
 
+
+class Schedule(ABC):
+    """What a study's workers ask: which runs should be there, what each is, how far all is."""
+
+    base: RunConfig
+
+    def __init__(self) -> None:
+        self._before: Mapping[str, int] | None = None
+
     @property
-    def text(self) -> str:
-        return ", ".join(f"{method} {100 * mean:.1f}%" for method, mean in self.best.items()) or "training"
+    @abstractmethod
+    def num_runs(self) -> int:
+        """At most, the test runs included."""
+
+    @abstractmethod
+    def wanted(self, board: Board) -> list[Entry]:
+        """The runs that should be in the study, in order."""
+
+    @abstractmethod
+    def job(self, what: Mapping[str, Any]) -> Job:
+        """A run from what its entry says."""
+
+    @abstractmethod
+    def status(self, board: Board) -> Status: ...
+
+    def line(self, what: Mapping[str, Any]) -> Row:
+        """What a line of runs.jsonl says besides the run."""
+        del what
+        return {}
+
+    def note_attempts(self, board: Board) -> None:
+        """Failures of before do not count against the runs of this worker."""
+        if self._before is None:
+            self._before = dict(board.attempts)
+
+    def attempts(self, key: str) -> int:
+        """How many failures a run may have before it is given up."""
+        return (self._before or {}).get(key, 0) + MOST_ATTEMPTS
+
+    def given_up(self, board: Board) -> str:
+        """One line on what has failed too often."""
+        key, error = next((key, error) for key, error in board.errors.items() if key not in board.current)
+        what = board.first[key].user_attrs["what"]
+        fields = ", ".join(f"{name} {value}" for name, value in {**what["point"], "seed": what["seed"]}.items())
+        return f"a run has failed {board.attempts[key]} times and was given up ({fields}): {error}."
+
+    def rows(self, board: Board) -> list[Row]:
+        """The lines of runs.jsonl, in the order of the plan."""
+        results = board.results
+        return [
+            {**record(self.job(entry.what), results[entry.key]), **self.line(entry.what)}
+            for entry in self.wanted(board)
+        ]
 
 
-class Schedule:
+class SweepSchedule(Schedule):
     """The order of the runs: validation runs seed by seed, so that an early end leaves whole comparisons; then, once
     all are in, the test runs of the best points."""
 
     def __init__(self, sweep: Sweep) -> None:
+        super().__init__()
         self.sweep = sweep
+        self.base = sweep.base
         self._open_points = 1
-        self._before: Mapping[str, int] | None = None
+
+    @property
+    def num_runs(self) -> int:
+        return self.sweep.num_runs
 
     def look_ahead(self, runs: int) -> None:
         """Propose points of a search for so many runs at once, but no more than a tenth: the next ones shall know."""
@@ -46,13 +103,12 @@ class Schedule:
 
     def wanted(self, board: Board) -> list[Entry]:
         """The runs that should be in the study."""
-        if self._before is None:
-            self._before = dict(board.attempts)
+        self.note_attempts(board)
         points = self._points(board)
         proposed = self._proposed(board, points) if self.sweep.trials is not None else {}
         together = {**points, **proposed}
         entries = [
-            _entry(name, point, seed, "validation") for seed in self.sweep.seeds for name, point in together.items()
+            entry_of(name, point, seed, "validation") for seed in self.sweep.seeds for name, point in together.items()
         ]
         if len(points) < self.sweep.num_points or not all(board.is_finished(entry.key) for entry in entries):
             return entries
@@ -65,7 +121,7 @@ class Schedule:
         found = {}
         for b, block in enumerate(self.sweep.blocks):
             for k in range(self._most(block)):
-                first = board.first.get(_key(f"{b}-{k}", self.sweep.seeds[0], "validation"))
+                first = board.first.get(key_of(f"{b}-{k}", self.sweep.seeds[0], "validation"))
                 if first is None:
                     break
                 found[f"{b}-{k}"] = first.user_attrs["what"]["point"]
@@ -90,14 +146,14 @@ class Schedule:
             block, k = self.sweep.blocks[b], counts[b]
             history = [(point, means.get(name)) for name, point in tried.items() if name.startswith(f"{b}-")]
             seed = (seeds[0] * 1_000_003 + b * 10_007 + k) % 2**32
-            new[f"{b}-{k}"] = propose(block.method, block.axes, history, seed)
+            new[f"{b}-{k}"] = {"method": block.method, **propose(block.axes, history, seed)}
         return new
 
     def _means(self, points: Mapping[str, Point], results: Mapping[str, Result]) -> dict[str, float]:
         """Of the points whose seeds are all in."""
         means = {}
         for name in points:
-            found = [results.get(_key(name, seed, "validation")) for seed in self.sweep.seeds]
+            found = [results.get(key_of(name, seed, "validation")) for seed in self.sweep.seeds]
             known = [score(result) for result in found if result is not None]
             if len(known) == len(found):
                 means[name] = math.fsum(known) / len(known)
@@ -105,16 +161,12 @@ class Schedule:
 
     def _tests(self, points: Mapping[str, Point], results: Mapping[str, Result]) -> list[Entry]:
         best = self._best(points, results)
-        return [_entry(name, points[name], seed, "test") for seed in self.sweep.seeds for name in best.values()]
+        return [entry_of(name, points[name], seed, "test") for seed in self.sweep.seeds for name in best.values()]
 
     def _best(self, points: Mapping[str, Point], results: Mapping[str, Result]) -> dict[str, str]:
         names = list(points)
-        scores = [[score(results[_key(name, seed, "validation")]) for seed in self.sweep.seeds] for name in names]
+        scores = [[score(results[key_of(name, seed, "validation")]) for seed in self.sweep.seeds] for name in names]
         return {method: names[k] for method, k in best_points(list(points.values()), scores).items()}
-
-    def attempts(self, key: str) -> int:
-        """How many failures a run may have before it is given up."""
-        return (self._before or {}).get(key, 0) + MOST_ATTEMPTS
 
     def job(self, what: Mapping[str, Any]) -> Job:
         return self.sweep.job(what["point"], what["seed"], what["scored_on"])
@@ -126,34 +178,23 @@ class Schedule:
             method = points[name]["method"]
             best[method] = max(mean, best.get(method, 0.0))
         done, planned = len(results), self.sweep.num_runs
-        return Status(done, planned, best, is_finished=done == planned)
-
-    def given_up(self, board: Board) -> str:
-        """One line on what has failed too often."""
-        key, error = next((key, error) for key, error in board.errors.items() if key not in board.current)
-        what = board.first[key].user_attrs["what"]
-        fields = ", ".join(f"{name} {value}" for name, value in {**what["point"], "seed": what["seed"]}.items())
-        return f"a run has failed {board.attempts[key]} times and was given up ({fields}): {error}."
-
-    def rows(self, board: Board) -> list[Row]:
-        """The lines of runs.jsonl, in the order of the plan."""
-        from gradreg.lab.runs import record
-
-        results = board.results
-        return [record(self.job(entry.what), results[entry.key]) for entry in self.wanted(board)]
+        text = ", ".join(f"{method} {100 * mean:.1f}%" for method, mean in best.items()) or "training"
+        return Status(done, planned, text, is_finished=done == planned)
 
     def summary(self, board: Board) -> Row:
         """`points`, `best` and `test` of results.json, of a sweep that is finished."""
         points, results, seeds = self._points(board), board.results, self.sweep.seeds
-        validation = [[results[_key(name, seed, "validation")] for seed in seeds] for name in points]
+        validation = [[results[key_of(name, seed, "validation")] for seed in seeds] for name in points]
         best = self._best(points, results)
-        test = {m: [results[_key(name, seed, "test")] for seed in seeds] for m, name in best.items()}
+        test = {m: [results[key_of(name, seed, "test")] for seed in seeds] for m, name in best.items()}
         return summarize(list(points.values()), validation, test)
 
 
-def _key(name: str, seed: int, scored_on: str) -> str:
+def key_of(name: str, seed: int, scored_on: str) -> str:
+    """Of a run: the name of its point, its seed, and the rows that it is scored on."""
     return f"{name}:{seed}:{scored_on}"
 
 
-def _entry(name: str, point: Point, seed: int, scored_on: str) -> Entry:
-    return Entry(_key(name, seed, scored_on), {"point": dict(point), "seed": seed, "scored_on": scored_on})
+def entry_of(name: str, point: Point, seed: int, scored_on: str, **more: Any) -> Entry:
+    what = {"point": dict(point), "seed": seed, "scored_on": scored_on, **more}
+    return Entry(key_of(name, seed, scored_on), what)

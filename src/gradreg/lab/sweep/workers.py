@@ -8,25 +8,29 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from gradreg.lab.batched import is_stackable, is_worthwhile, most_slices, run_all_batched
+from gradreg.lab.batched import is_stackable, is_worthwhile, most_slices
+from gradreg.lab.comparison import plan as comparison
+from gradreg.lab.comparison.schedule import ComparisonSchedule
 from gradreg.lab.folder import BadInput, append_line
-from gradreg.lab.pool import run_all
+from gradreg.lab.player import play, run_all, without_main
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.runs import record
 from gradreg.lab.sweep.board import ERROR
 from gradreg.lab.sweep.plan import Sweep, from_plan
-from gradreg.lab.sweep.schedule import Schedule, Status
+from gradreg.lab.sweep.schedule import Schedule, Status, SweepSchedule
 from gradreg.lab.sweep.storage import Place
 from gradreg.lab.sweep.study import Study
+from gradreg.lab.tasks import Source, know, task_of
 
 STACKS = 4
 """That a worker takes at a time."""
@@ -45,6 +49,8 @@ class Worker:
     is_batched: bool
     count: int = 1
     """Workers on this machine, among whom a batch is shared out."""
+    known: tuple[Source, ...] = ()
+    """Tasks of the user's that its runs need."""
 
 
 def can_batch(sweep: Sweep) -> bool:
@@ -64,9 +70,10 @@ def work(worker: Worker, report: Callable[[Status], None] = lambda status: None)
         BadInput: the study cannot be used, or some run has failed so often that it was given up.
     """
     with Study(worker.place) as study:
-        schedule = Schedule(from_plan(study.plan))
-        most = _batch_size(schedule.sweep, worker) if worker.is_batched else 1
-        schedule.look_ahead(most)
+        schedule = schedule_for(study.plan)
+        most = _batch_size(schedule, worker) if worker.is_batched else 1
+        if isinstance(schedule, SweepSchedule):
+            schedule.look_ahead(most)
         while True:
             board = study.claim(schedule.wanted, most, schedule.attempts)
             status = schedule.status(board)
@@ -81,23 +88,33 @@ def work(worker: Worker, report: Callable[[Status], None] = lambda status: None)
                 time.sleep(PAUSE)
 
 
-def _batch_size(sweep: Sweep, worker: Worker) -> int:
+def schedule_for(plan: Mapping[str, Any]) -> Schedule:
+    """The order of the runs of a plan, as its study has it."""
+    if plan.get("kind") == comparison.KIND:
+        own = comparison.Plan.from_row(plan)
+        return ComparisonSchedule(own, task_of(own.base).metric)
+    return SweepSchedule(from_plan(plan))
+
+
+def _batch_size(schedule: Schedule, worker: Worker) -> int:
     """A few stacks, since methods that need other passes stack apart; but no worker shall wait for another's last."""
-    share = sweep.num_points * len(sweep.seeds) / (SHARES * worker.count)
-    return max(1, min(STACKS * most_slices(sweep.base), math.ceil(share)))
+    share = schedule.num_runs / (SHARES * worker.count)
+    return max(1, min(STACKS * most_slices(schedule.base), math.ceil(share)))
 
 
 def _play(study: Study, schedule: Schedule, worker: Worker) -> None:
     """Run what is held; each result is kept as soon as it is there."""
-    jobs = {key: schedule.job(trial.user_attrs["what"]) for key, trial in study.held.items()}
+    whats = {key: trial.user_attrs["what"] for key, trial in study.held.items()}
+    jobs = {key: schedule.job(what) for key, what in whats.items()}
     keys, todo = list(jobs), list(jobs.values())
-    runs = run_all_batched(todo, workers=1) if worker.is_batched else run_all(todo, workers=1)
+    runs = play(todo, 1) if worker.is_batched else run_all(todo, workers=1)
     with study.alive(), closing(runs) as results:
         try:
             for k, result in results:
                 if study.finish(keys[k], result):
                     with suppress(OSError):  # the study has it, from which the lines are written at the end
-                        append_line(worker.folder / "runs.jsonl", record(todo[k], result))
+                        line = schedule.line(whats[keys[k]])
+                        append_line(worker.folder / "runs.jsonl", {**record(todo[k], result), **line})
         except BadInput:
             raise  # this machine cannot run it, another may
         except Exception as error:  # what a run may meet: no memory left, a method that the model does not bear
@@ -115,7 +132,7 @@ def work_together(worker: Worker, schedule: Schedule) -> None:
         def report(status: Status) -> None:
             progress(status.text, status.done, status.planned)
 
-        progress("starting", 0, schedule.sweep.num_runs)
+        progress("starting", 0, schedule.num_runs)
         if worker.count == 1 or _is_finished(worker.place, schedule):
             work(worker, report)
             return
@@ -123,7 +140,7 @@ def work_together(worker: Worker, schedule: Schedule) -> None:
         pipes = [spawn.Pipe(duplex=False) for _ in range(worker.count)]
         processes = [spawn.Process(target=_process, args=(worker, end)) for _, end in pipes]
         try:
-            with _interrupts_held():
+            with _interrupts_held(), without_main():
                 for process in processes:
                     process.start()
             for _, end in pipes:
@@ -155,6 +172,7 @@ def _interrupts_held() -> Iterator[None]:
 
 def _process(worker: Worker, words: Connection) -> None:
     torch.set_num_threads(1)
+    know(worker.known)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with _terminated_as_interrupted():
         try:

@@ -17,7 +17,7 @@ from typing import Any
 from gradreg.lab import stats
 from gradreg.lab.config import RunConfig, configure
 from gradreg.lab.folder import append_line
-from gradreg.lab.pool import run_all
+from gradreg.lab.player import run_all
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.runs import Job, Result, record
 from gradreg.studies.claims.claim import Above, Claim, Measured, Plan, Subclaim, Table

@@ -30,7 +30,7 @@ def claims(
     (a) cost, (b) generalization, (c) implicit bias in a diagonal linear network, (d) SAM, (e) flooding. Prints one
     table, and writes a folder: results.json, claims.md and its figures. Under 25 minutes on two cores.
     """
-    from gradreg.lab.pool import default_workers
+    from gradreg.lab.player import default_workers
     from gradreg.studies.claims.claim import Plan
     from gradreg.studies.claims.runner import DEFAULT_SEEDS, QUICK_SEEDS, run_claims
 

@@ -34,7 +34,7 @@ def demo(
     """
     import torch
 
-    from gradreg.lab.pool import default_workers
+    from gradreg.lab.player import default_workers
     from gradreg.studies.demo.run import DEFAULT_SEEDS, QUICK_SEEDS, QUICK_TASKS, Plan, run_demo
     from gradreg.studies.demo.tasks import TASKS
 
@@ -69,7 +69,7 @@ def tune(
     """
     import torch
 
-    from gradreg.lab.pool import default_workers
+    from gradreg.lab.player import default_workers
     from gradreg.lab.progress import progress_bar
     from gradreg.studies.demo.tasks import TASKS
     from gradreg.studies.demo.tune import FIRST_SEED, SHIPPED
@@ -109,7 +109,7 @@ def dln(
     """
     import torch
 
-    from gradreg.lab.pool import default_workers
+    from gradreg.lab.player import default_workers
     from gradreg.studies.implicit_bias.dln import DEFAULT_SEEDS, QUICK_SEEDS, Plan, run_dln
 
     count = seeds or (QUICK_SEEDS if quick else DEFAULT_SEEDS)
@@ -135,7 +135,7 @@ def flooding(
     """
     import torch
 
-    from gradreg.lab.pool import default_workers
+    from gradreg.lab.player import default_workers
     from gradreg.studies.implicit_bias.flooding import DEFAULT_SEEDS, QUICK_SEEDS, Plan, run_flooding
 
     count = seeds or (QUICK_SEEDS if quick else DEFAULT_SEEDS)

@@ -30,7 +30,7 @@ def frontier(
     Prints tables, and writes a folder: results.json, frontier.md and its figures. Under 30 minutes on two cores; the
     hyper-parameters come from `gradreg frontier --tune`, which takes longer.
     """
-    from gradreg.lab.pool import default_workers
+    from gradreg.lab.player import default_workers
 
     if tune:
         for name, given in (("--quick", quick), ("--seeds", seeds is not None), ("--write", write is not None)):

@@ -16,7 +16,7 @@ from gradreg.lab.config import RunConfig, configure
 from gradreg.lab.cost.steps import step_costs
 from gradreg.lab.folder import append_line, write_json, write_text
 from gradreg.lab.methods import METHODS
-from gradreg.lab.pool import run_all
+from gradreg.lab.player import run_all
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.runs import Job, record
 from gradreg.lab.words import sentence

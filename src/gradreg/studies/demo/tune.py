@@ -30,7 +30,7 @@ from typing import Any
 from gradreg.lab.about import versions
 from gradreg.lab.config import RunConfig, configure
 from gradreg.lab.folder import append_line, write_json
-from gradreg.lab.pool import run_all
+from gradreg.lab.player import run_all
 from gradreg.lab.runs import Job, record
 
 FIRST_SEED = 1_000_000  # the demo's seeds lie below

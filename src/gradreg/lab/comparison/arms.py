@@ -1,0 +1,114 @@
+"""What is compared: an arm is a row of the table, a method with the settings from which its search starts.
+
+An opponent is what the same time buys without a penalty: plain training for as long as two passes take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+from gradreg.lab.config import FIELDS, RunConfig, checked
+from gradreg.lab.folder import BadInput
+from gradreg.lab.methods import METHODS
+from gradreg.lab.search import Climb, Point, beside, rounded, shrinking
+
+BASELINE = "SGD"
+"""The name of plain training, whatever the task's optimizer."""
+LONGER = "SGD, twice as long"
+CHEAP = "cheap"
+STEP = 3.0
+"""Between neighbors at first, for numbers whose scale is not known."""
+DECAY = 1e-4
+"""Weight decay that is tried where the task has none."""
+
+
+def _grid(**values: tuple[float, ...]) -> tuple[Point, ...]:
+    return tuple(dict(zip(values, point)) for point in product(*values.values()))
+
+
+_BY_RATIO = _grid(ratio=(0.1, 0.3, 1.0), epsilon=(0.1, 0.5))
+_BY_GAMMA = _grid(gamma=(0.03, 0.1, 0.3), epsilon=(0.1, 0.5))
+_STARTS: dict[str, tuple[Point, ...]] = {
+    "DB": _grid(gamma=(0.003, 0.01, 0.03, 0.1, 0.3)),
+    "SAM": _grid(rho=(0.02, 0.05, 0.1, 0.2, 0.4)),
+    "ASAM": _grid(rho=(0.2, 0.5, 1.0, 2.0)),
+    "MSAM": _grid(rho=(0.1, 0.3, 1.0, 3.0)),
+    "Previous": _grid(rho=(0.1, 0.3, 1.0, 3.0)),
+    "Previous-down": _grid(rho=(0.1, 0.3, 1.0, 3.0)),
+    "Split": tuple({"gamma": r / 2, "epsilon": r} for r in (0.2, 0.5, 1.0, 2.0)),
+    "Flooding": _grid(level=(0.02, 0.05, 0.1, 0.2, 0.4)),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of the table."""
+
+    name: str
+    method: str
+    settings: tuple[Point, ...] = ({},)
+    """From which the search starts, at the learning rate and weight decay of the baseline."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that make the arm what it is."""
+    epochs: int = 1
+    """Times those of the task."""
+    is_opponent: bool = False
+
+    def config(self, base: RunConfig, point: Point, seed: int) -> RunConfig:
+        """A run of it."""
+        own = {"method": self.method, "epochs": base.epochs * self.epochs, "seed": seed}
+        return replace(base, **{**own, **self.fixed, **point})
+
+    def search(self, center: Point, trials: int) -> Climb:
+        """Around the settings of the arm, at a center of learning rate and weight decay."""
+        start: Sequence[Point] = [{**center, **settings} for settings in self.settings]
+        if self.settings == ({},):
+            start = [center, *around(center, STEP)]
+        return Climb(start, trials, around, shrinking(STEP))
+
+
+def around(point: Point, step: float) -> list[Point]:
+    """The neighbors of `beside`; weight decay of 0 has a small one beside it."""
+    found = beside(point, step)
+    return [*found, {**point, "weight_decay": DECAY}] if point.get("weight_decay") == 0 else found
+
+
+def center_of(base: RunConfig) -> Point:
+    """Where the baseline's search starts: the task's own numbers."""
+    return {"learning_rate": rounded(base.learning_rate), "weight_decay": rounded(base.weight_decay)}
+
+
+def arm_of(name: str, by: str) -> Arm:
+    """The arm of a method's name, in any spelling that a configuration takes, or of `cheap`.
+
+    Args:
+        name: of the method.
+        by: what is searched for where it may be either, `ratio` or `gamma`.
+
+    Raises:
+        BadInput: no such method.
+    """
+    if name.lower() == CHEAP:
+        settings = _grid(**{by: (0.03, 0.1)}, epsilon=(0.5,), lookahead=(0.03, 0.3))
+        return Arm(CHEAP, "F-GR", settings, {"fraction": 0.1, "period": 3})
+    try:
+        method = checked(FIELDS["method"], name)
+    except BadInput as error:
+        raise BadInput(f"{str(error).replace('method', '--methods', 1).rstrip('.')}, or cheap.") from None
+    if method == BASELINE:
+        return Arm(BASELINE, method)
+    if method in _STARTS:
+        return Arm(method, method, _STARTS[method])
+    needs = METHODS[method].needs
+    if METHODS[method].follows_ratio:
+        return Arm(method, method, _BY_RATIO if by == "ratio" else _BY_GAMMA)
+    tried = {"gamma": (0.03, 0.1, 0.3), "epsilon": (0.1, 0.5), "rho": (0.02, 0.1, 0.5), "level": (0.05, 0.2)}
+    return Arm(method, method, _grid(**{need: tried[need] for need in needs}))
+
+
+def longer() -> Arm:
+    """The opponent at equal time."""
+    return Arm(LONGER, BASELINE, epochs=2, is_opponent=True)

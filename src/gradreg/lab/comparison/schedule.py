@@ -1,0 +1,159 @@
+"""Which runs of a comparison come next, as a function of what the study holds: all workers come to the same answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from gradreg.lab.comparison.arms import Arm, center_of
+from gradreg.lab.comparison.plan import Plan
+from gradreg.lab.metric import Metric
+from gradreg.lab.runs import Job, Result
+from gradreg.lab.search import Climb, Point, replayed
+from gradreg.lab.sweep.board import Board, Entry
+from gradreg.lab.sweep.schedule import Schedule, Status, entry_of, key_of
+
+VALIDATION, TEST = "validation", "test"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the search of an arm is."""
+
+    entries: list[Entry]
+    """The runs that it wants."""
+    choice: Point | None
+    """What it has come to."""
+    tried: Sequence[tuple[Point, Sequence[Result] | None]]
+    """Candidates, with their runs on the search seeds once all are in."""
+
+
+class ComparisonSchedule(Schedule):
+    """The baseline's search, then those of the other arms at once, then the test of what each has come to."""
+
+    def __init__(self, plan: Plan, metric: Metric) -> None:
+        super().__init__()
+        self.plan, self.metric = plan, metric
+        self.base = plan.base
+
+    @cached_property
+    def arms(self) -> tuple[Arm, ...]:
+        return self.plan.arms
+
+    @property
+    def num_runs(self) -> int:
+        return len(self.arms) * self.plan.effort.runs
+
+    def wanted(self, board: Board) -> list[Entry]:
+        self.note_attempts(board)
+        progress = self.progress(board)
+        entries = [entry for p in progress.values() for entry in p.entries]
+        return entries + (self._tests(progress) if self._are_chosen(progress) else [])
+
+    def _are_chosen(self, progress: Mapping[str, Progress]) -> bool:
+        return len(progress) == len(self.arms) and all(p.choice is not None for p in progress.values())
+
+    def progress(self, board: Board) -> dict[str, Progress]:
+        """Of each arm that may begin."""
+        results = board.results
+        found = {self.arms[0].name: self._progress(0, center_of(self.base), board, results)}
+        plain = found[self.arms[0].name].choice
+        if plain is not None:
+            for a, arm in enumerate(self.arms[1:], 1):
+                found[arm.name] = self._progress(a, plain, board, results)
+        return found
+
+    def _progress(self, a: int, center: Point, board: Board, results: Mapping[str, Result]) -> Progress:
+        plan, points = self.plan, self._entered(a, board)
+        runs = [self._runs(f"{a}-{k}", plan.search_seeds, results) for k in range(len(points))]
+        tried = list(zip(points, runs))
+        search = self.arms[a].search(center, plan.effort.trials)
+        asked = replayed(search, [(p, None if r is None else self._worths(r)) for p, r in tried])
+        everything = [*points, *asked]
+        entries = [
+            entry_of(f"{a}-{k}", point, seed, VALIDATION, arm=a)
+            for seed in plan.search_seeds
+            for k, point in enumerate(everything)
+        ]
+        found = Progress(entries, None, tried)
+        if asked or any(r is None for r in runs) or not points:
+            return found
+        return self._final(a, search, found, results)
+
+    def _final(self, a: int, search: Climb, found: Progress, results: Mapping[str, Result]) -> Progress:
+        """The best again on other seeds, since the best of many was also lucky."""
+        points, seeds, is_over = [point for point, _ in found.tried], self.plan.final_seeds, True
+        entries = list(found.entries)
+        for point in search.finalists(self.plan.effort.finalists) if seeds else ():
+            name = f"{a}-{points.index(point)}"
+            entries += [entry_of(name, point, seed, VALIDATION, arm=a) for seed in seeds]
+            runs = self._runs(name, seeds, results)
+            is_over = is_over and runs is not None
+            if runs is not None:
+                search.tell(point, self._worths(runs))
+        return Progress(entries, search.choice() if is_over else None, found.tried)
+
+    def _entered(self, a: int, board: Board) -> list[Point]:
+        """The points of an arm that are in the study, in order."""
+        points: list[Point] = []
+        seed = self.plan.search_seeds[0]
+        while (first := board.first.get(key_of(f"{a}-{len(points)}", seed, VALIDATION))) is not None:
+            points.append(first.user_attrs["what"]["point"])
+        return points
+
+    def _runs(self, name: str, seeds: Sequence[int], results: Mapping[str, Result]) -> list[Result] | None:
+        found = [results.get(key_of(name, seed, VALIDATION)) for seed in seeds]
+        return None if None in found else [r for r in found if r is not None]
+
+    def _worths(self, runs: Sequence[Result]) -> list[float]:
+        return [self.metric.worth(run.score) for run in runs]
+
+    def _tests(self, progress: Mapping[str, Progress]) -> list[Entry]:
+        chosen = [(a, self._name(a, progress)) for a in range(len(self.arms))]
+        return [
+            entry_of(name, progress[self.arms[a].name].choice or {}, seed, TEST, arm=a)
+            for seed in self.plan.seeds
+            for a, name in chosen
+        ]
+
+    def _name(self, a: int, progress: Mapping[str, Progress]) -> str:
+        found = progress[self.arms[a].name]
+        assert found.choice is not None
+        return f"{a}-{[point for point, _ in found.tried].index(found.choice)}"
+
+    def job(self, what: Mapping[str, Any]) -> Job:
+        """Curves are recorded in the test runs alone."""
+        config = self.arms[what["arm"]].config(self.base, what["point"], what["seed"])
+        return Job(config, what["scored_on"], 10 if what["scored_on"] == TEST else 0)
+
+    def line(self, what: Mapping[str, Any]) -> dict[str, Any]:
+        return {"arm": self.arms[what["arm"]].name}
+
+    def status(self, board: Board) -> Status:
+        progress, results = self.progress(board), board.results
+        best: dict[str, float] = {}
+        for name, found in progress.items():
+            worths = [self._mean(runs) for _, runs in found.tried if runs is not None]
+            if worths:
+                best[name] = max(worths)
+        is_finished = self._are_chosen(progress) and all(e.key in results for e in self._tests(progress))
+        sign = 1 if self.metric.higher_is_better else -1
+        text = ", ".join(f"{name} {self.metric.shown(sign * worth)}{self.metric.unit}" for name, worth in best.items())
+        done = len(results)
+        planned = max(done, self._planned(progress))
+        return Status(done, planned, text or "training", is_finished)
+
+    def _planned(self, progress: Mapping[str, Progress]) -> int:
+        """What a search may ask is counted until it has ended."""
+        effort, total = self.plan.effort, 0
+        for arm in self.arms:
+            found = progress.get(arm.name)
+            total += effort.runs if found is None or found.choice is None else len(found.entries) + effort.seeds
+        return total
+
+    def _mean(self, runs: Sequence[Result]) -> float:
+        worths = self._worths(runs)
+        return math.fsum(worths) / len(worths) if all(map(math.isfinite, worths)) else -math.inf
