@@ -447,7 +447,7 @@ def test_a_folder_that_was_altered_is_refused(tmp_path, monkeypatch):
     _, place = small(monkeypatch, TOY, tmp_path)
     about = {"plan": from_plan(TOY).plan(), "study": {"name": "sweep", "storage": None, "grace": 120, "batched": False}}
     (tmp_path / "config.json").write_text(json.dumps(about), encoding="utf-8")
-    assert find(tmp_path, None)[1].name == place.name
+    assert find(tmp_path, None).place.name == place.name
     for spoiled in ({**about, "study": 1}, {**about, "plan": {**about["plan"], "seeds": 0}}, []):
         (tmp_path / "config.json").write_text(json.dumps(spoiled), encoding="utf-8")
         with pytest.raises(BadInput):
@@ -463,7 +463,7 @@ def test_a_password_is_asked_for_again_and_not_stored(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"plan": from_plan(TOY).plan(), "study": study}), encoding="utf-8")
     with pytest.raises(BadInput, match="--storage must be given again"):
         find(tmp_path, None)
-    assert find(tmp_path, "postgresql://user:word@host/db")[1].url == "postgresql://user:word@host/db"
+    assert find(tmp_path, "postgresql://user:word@host/db").place.url == "postgresql://user:word@host/db"
 
 
 def test_what_is_concluded_comes_from_the_study(done, tmp_path):

@@ -54,12 +54,12 @@ def whole(tmp_path_factory):
 
 def rows(folder):
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "check")} for line in lines]
 
 
 def results(folder):
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    return {key: value for key, value in found.items() if key not in ("seconds", "date", "git")}
+    return {key: value for key, value in found.items() if key not in ("seconds", "date", "git", "check")}
 
 
 def names(folder):
@@ -86,7 +86,7 @@ def test_a_run_writes_its_configuration_a_line_for_each_epoch_and_its_results(wh
     about = json.loads((whole / "config.json").read_text(encoding="utf-8"))
     assert RunConfig(**about["config"]) == CONFIG
     assert about["command"] == " ".join(["gradreg", *words()])
-    described = {"command", "date", "machine", "versions", "git"}
+    described = {"command", "date", "machine", "versions", "git", "ran_in", "check"}
     assert set(about) == described | {"checkpoint_every", "keep", "tensorboard", "threads", "config"}
     lines = rows(whole)
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 5), (2, 10), (3, 15), (4, 20)]
@@ -450,6 +450,7 @@ def test_what_cannot_be_resumed_is_refused_and_left_as_it_is(stopped, whole, cap
 
     about = json.loads((stopped / "config.json").read_text(encoding="utf-8"))
     about["config"]["width"] = 9
+    del about["check"]
     (stopped / "config.json").write_text(json.dumps(about), encoding="utf-8")
     before = snapshot()
     assert "the checkpoint is that of another model: 1.weight is (8, 64) float32" in refusal(again, capsys)

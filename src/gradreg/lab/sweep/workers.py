@@ -18,9 +18,11 @@ from pathlib import Path
 import torch
 
 from gradreg.lab.batched import is_stackable, is_worthwhile, most_slices, run_all_batched
+from gradreg.lab.data.places import standing_for
 from gradreg.lab.folder import BadInput, append_line
 from gradreg.lab.pool import run_all
 from gradreg.lab.progress import progress_bar
+from gradreg.lab.records import sealed
 from gradreg.lab.runs import record
 from gradreg.lab.sweep.board import ERROR
 from gradreg.lab.sweep.plan import Sweep, from_plan
@@ -45,6 +47,8 @@ class Worker:
     is_batched: bool
     count: int = 1
     """Workers on this machine, among whom a batch is shared out."""
+    data: tuple[str | None, str | None] = (None, None)
+    """The path of the configuration's data, and the place that it stands for."""
 
 
 def can_batch(sweep: Sweep) -> bool:
@@ -97,7 +101,7 @@ def _play(study: Study, schedule: Schedule, worker: Worker) -> None:
             for k, result in results:
                 if study.finish(keys[k], result):
                     with suppress(OSError):  # the study has it, from which the lines are written at the end
-                        append_line(worker.folder / "runs.jsonl", record(todo[k], result))
+                        append_line(worker.folder / "runs.jsonl", sealed(record(todo[k], result)))
         except BadInput:
             raise  # this machine cannot run it, another may
         except Exception as error:  # what a run may meet: no memory left, a method that the model does not bear
@@ -156,7 +160,7 @@ def _interrupts_held() -> Iterator[None]:
 def _process(worker: Worker, words: Connection) -> None:
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with _terminated_as_interrupted():
+    with _terminated_as_interrupted(), standing_for(*worker.data):
         try:
             work(worker)
         except KeyboardInterrupt:
