@@ -507,6 +507,17 @@ def test_the_fixture_is_what_a_run_writes(folder):
     assert set(lines(folder)[0]) == expected
 
 
+@pytest.mark.parametrize(
+    ("num_scored", "expected"), [(None, stats.BETTER), (10_000, stats.BETTER), (3, stats.UNDECIDED)]
+)
+def test_a_difference_within_a_test_row_is_none(num_scored, expected, tmp_path):
+    folder = sweep_folder(tmp_path / "sweep", methods=("SGD", "F-GR"), gain=3.0)
+    rows = [json.loads(line) for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    (folder / "runs.jsonl").write_text("".join(json_line({**row, "num_scored": num_scored}) for row in rows))
+    (study,) = read(folder)
+    assert [row.verdict for row in compare(study, {})] == ["", expected]
+
+
 def changed(path, old, new):
     content = path.read_bytes()
     assert old in content

@@ -227,6 +227,18 @@ def test_the_summary_is_that_of_the_runs():
     assert "difference" not in summary["test"]["SGD"]
 
 
+@pytest.mark.parametrize(
+    ("num_scored", "expected"), [(None, stats.BETTER), (1000, stats.BETTER), (50, stats.UNDECIDED)]
+)
+def test_a_difference_within_a_row_is_none(num_scored, expected):
+    def runs(*accuracies):
+        return [Result(a, 0.1, 0.1, [], False, 1.0, num_scored=num_scored) for a in accuracies]
+
+    points = [{"method": "SGD"}, {"method": "DB", "gamma": 0.1}]
+    test = {"SGD": runs(0.5, 0.6, 0.7), "DB": runs(0.52, 0.62, 0.7201)}  # 0.0199 at the least
+    assert summarize(points, [test["SGD"], test["DB"]], test)["test"]["DB"]["verdict"] == expected
+
+
 def test_the_folder_holds_every_run_once_and_the_results(done):
     rows = lines(done)
     assert Counter(map(identity, rows)).most_common(1)[0][1] == 1

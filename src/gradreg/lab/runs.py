@@ -60,6 +60,8 @@ class Result:
     seconds: float
     hessian_trace: float | None = None
     """tr H of the training loss, if it was asked for."""
+    num_scored: int | None = None
+    """Labels of which the accuracy is a share."""
 
 
 def run(job: Job) -> Result:
@@ -102,6 +104,7 @@ def run(job: Job) -> Result:
         diverged=diverged,
         seconds=time.perf_counter() - started,
         hessian_trace=_hessian_trace(model, data.train, job.num_probes) if job.num_probes else None,
+        num_scored=scored.y.numel(),
     )
 
 

@@ -78,8 +78,9 @@ class StackedRuns:
                 diverged=not math.isfinite(measured["train_loss"]),
                 seconds=seconds,
                 hessian_trace=hessian_trace,
+                num_scored=getattr(self._held_out, job.scored_on).y.numel(),
             )
-            for score, measured, trace, hessian_trace in zip(scores, last, traces, traces_of_hessian)
+            for job, score, measured, trace, hessian_trace in zip(self._jobs, scores, last, traces, traces_of_hessian)
         ]
 
     def train(self) -> None:

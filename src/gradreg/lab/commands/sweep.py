@@ -87,7 +87,7 @@ def sweep(
         place = Place(study or _name(out), url=storage, grace=grace or Place.grace) if storage else None
         sweep = asked or _from_study(place)
         is_batched = _engine(batched, sweep, should_batch(sweep))
-        data = sweep.base.path, moved
+        data = sweep.base.path, found(sweep.base, None, moved) if moved else None
         with standing_for(*data):
             _check_runs(sweep)
         if place is not None:

@@ -23,6 +23,8 @@ def found(config: RunConfig, ran_in: Any, given: str | None = None) -> str | Non
     Raises:
         BadInput: it is not there; names the option that says where it is.
     """
+    if config.path is None and given is not None:
+        raise BadInput(f"--path must be left out: data {config.data} of this run has no path, got {shown(given)}.")
     if config.path is None or given is not None:
         return given
     places = [os.path.join(ran_in, config.path)] if isinstance(ran_in, str) else []

@@ -111,6 +111,7 @@ def _sweep_runs(lines: Sequence[Row]) -> list[Run]:
             test=score if part == "test" else math.nan,
             diverged=diverged,
             curve=_curve(line.get("trace")),
+            num_scored=number(line.get("num_scored")),
             **numbers,
         )
     return list(runs.values())
@@ -131,6 +132,7 @@ def _train_run(config: Row, epochs: Sequence[Row], results: Mapping[str, Any]) -
         diverged=bool(results.get("diverged")) or not math.isfinite(loss),
         seconds=number(results.get("seconds", seconds)),
         curve=_curve(list(epochs)),
+        num_scored=number(results.get("num_scored")),
     )
 
 

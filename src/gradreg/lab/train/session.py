@@ -325,6 +325,7 @@ class _Run:
             "validation_accuracy": validation.accuracy,
             "test_loss": test.loss,
             "test_accuracy": test.accuracy,
+            "num_scored": data.test.y.numel(),
             "seconds": round(self.seconds, 1),
         }
         write_json(self.folder / "results.json", sealed(results))
