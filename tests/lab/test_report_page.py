@@ -503,6 +503,7 @@ def test_the_fixture_is_what_a_run_writes(folder):
         "trace",
         "diverged",
         "seconds",
+        "num_scored",
     }
     assert set(lines(folder)[0]) == expected
 
