@@ -1,5 +1,8 @@
 """The command line: what it prints, and what it refuses before any work."""
 
+import subprocess
+import sys
+
 import pytest
 
 import gradreg
@@ -86,3 +89,72 @@ def test_a_missing_extra_names_the_install_line(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_NEEDED", ("no_such_package",))
     assert cli.main(["demo"]) == 2
     assert capsys.readouterr().err.strip().endswith("pip install 'gradreg[lab]'")
+
+
+LONG = "x" * 5000
+TOO_LONG = [
+    ("demo --out {long}", "--out must be a folder that can be written to"),
+    ("demo --out new/below/{name}", "--out must be a folder that can be written to"),
+    ("train --config {long}", "--config must be a YAML file that can be read"),
+    ("train --resume {long}", "--resume must be the folder of a run of gradreg train"),
+    ("train --out {long}", "--out must be a folder that can be written to"),
+    ("train --data cifar10 --path {long}", "path must be cifar-10-binary.tar.gz or the folder that holds it"),
+    ("train --data idx --path {long}", "path must be a folder with IDX files"),
+    ("train --data images --path {long}", "path must be a folder with one subfolder of images for each class"),
+    ("sweep {long}", "CONFIG must be a YAML file that can be read"),
+    ("sweep --resume {long}", "--resume must be the folder of a sweep"),
+    ("report {long}", "DIR must be a folder that can be read"),
+    ("report full --out {long}.html", "DIR must be a folder of gradreg sweep"),
+    ("report full --out {long}/a.html", "--out must lie in a folder that exists"),
+    ("sharpness {long}", "the path must be the folder of a run"),
+    ("claims --write {name}.md", "--write must be a page that can be written"),
+    ("frontier --write {long}/a.md", "--write must be a page in a folder that exists"),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), TOO_LONG, ids=[line for line, _ in TOO_LONG])
+def test_a_path_that_is_too_long_is_one_line(line, expected, capsys, tmp_path):
+    pytest.importorskip("PIL")
+    assert cli.main(line.format(long=LONG, name="x" * 300).split()) == 2
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert captured.err.count("\n") == 1
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["full", "full/file"]
+
+
+def test_a_full_disk_is_one_line_and_says_what_is_kept(monkeypatch, capsys):
+    def full(plan, folder, workers):
+        raise OSError(28, "No space left on device", "new/.results.json.partial")
+
+    monkeypatch.setattr(demo, "run_demo", full)
+    assert cli.main(["demo", "--out", "new"]) == 1
+    said = "gradreg: No space left on device; finished runs are kept in new/runs.jsonl.\n"
+    assert capsys.readouterr().err == said
+
+
+def test_what_the_system_refuses_is_one_line(monkeypatch, capsys):
+    def refuse(tokens):
+        raise PermissionError(13, "Permission denied", "a\nb")
+
+    monkeypatch.setattr(cli, "_run", refuse)
+    assert cli.main([]) == 1
+    assert capsys.readouterr().err == "gradreg: Permission denied ('a\\nb').\n"
+
+
+@pytest.mark.parametrize("module", ["gradreg.cli", "gradreg.lab.output", "cyclopts", "torch"])
+def test_an_interrupt_while_modules_are_read_is_one_line(module, tmp_path):
+    """As Python raises it at any line: here at the import of a module."""
+    code = (
+        "import builtins, runpy, sys\n"
+        "real = builtins.__import__\n"
+        "def interrupt(name, *rest, **named):\n"
+        f"    if name == {module!r}:\n"
+        "        raise KeyboardInterrupt\n"
+        "    return real(name, *rest, **named)\n"
+        "builtins.__import__ = interrupt\n"
+        "sys.argv = ['gradreg', 'demo', '--out', 'new']\n"
+        "runpy.run_module('gradreg', run_name='__main__', alter_sys=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "gradreg: interrupted; nothing was started.\n")
+    assert not (tmp_path / "new").exists()

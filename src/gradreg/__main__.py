@@ -2,7 +2,10 @@
 
 import sys
 
-from gradreg.cli import main
-
 if __name__ == "__main__":
+    try:
+        from gradreg.cli import main
+    except KeyboardInterrupt:
+        print("gradreg: interrupted; nothing was started.", file=sys.stderr)
+        sys.exit(130)
     sys.exit(main())

@@ -1,4 +1,8 @@
-"""The `gradreg` command: exit status 0, 2 for bad input with one line that says what is allowed, 130 for Ctrl-C."""
+"""The `gradreg` command.
+
+Exit status 0; 2 for bad input, with one line that says what is allowed; 1 for what the system refuses, with one line;
+130 for Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,14 @@ _NEEDED = ("cyclopts", "jinja2", "matplotlib", "mnist1d", "optuna", "rich", "saf
 
 def main(tokens: Sequence[str] | None = None) -> int:
     """Run a command line, by default this process's own, and return its exit status."""
+    try:
+        return _main(tokens)
+    except KeyboardInterrupt:  # while Python was still reading modules
+        print("gradreg: interrupted; nothing was started.", file=sys.stderr)
+        return 130
+
+
+def _main(tokens: Sequence[str] | None) -> int:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         print(f"gradreg: the laboratory needs {', '.join(missing)}: pip install 'gradreg[lab]'", file=sys.stderr)
@@ -24,6 +36,14 @@ def main(tokens: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as interrupt:
             print(f"gradreg: interrupted; {str(interrupt) or 'nothing was started'}.", file=sys.stderr)
             return 130
+        except OSError as error:  # a full disk, say; commands say what is kept
+            print(f"gradreg: {_in_words(error)}.", file=sys.stderr)
+            return 1
+
+
+def _in_words(error: OSError) -> str:
+    where = f" ({str(error.filename)[:300]!a})" if error.filename else ""
+    return " ".join(f"{error.strerror or error or type(error).__name__}{where}".split())
 
 
 def _run(tokens: Sequence[str] | None) -> int:

@@ -16,7 +16,9 @@ from gradreg import cli
 from gradreg.lab import stats
 from gradreg.lab.attach import attach
 from gradreg.lab.config import RunConfig, from_mapping
+from gradreg.lab.folder import BadInput, json_line, write_json
 from gradreg.lab.methods import METHODS
+from gradreg.lab.records import sealed
 from gradreg.lab.report.figures import costs_of, grid_of, line_of, scale_of
 from gradreg.lab.report.folders import read
 from gradreg.lab.report.page import page
@@ -501,5 +503,93 @@ def test_the_fixture_is_what_a_run_writes(folder):
         "trace",
         "diverged",
         "seconds",
+        "num_scored",
     }
     assert set(lines(folder)[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_scored", "expected"), [(None, stats.BETTER), (10_000, stats.BETTER), (3, stats.UNDECIDED)]
+)
+def test_a_difference_within_a_test_row_is_none(num_scored, expected, tmp_path):
+    folder = sweep_folder(tmp_path / "sweep", methods=("SGD", "F-GR"), gain=3.0)
+    rows = [json.loads(line) for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    (folder / "runs.jsonl").write_text("".join(json_line({**row, "num_scored": num_scored}) for row in rows))
+    (study,) = read(folder)
+    assert [row.verdict for row in compare(study, {})] == ["", expected]
+
+
+def changed(path, old, new):
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new, 1))
+
+
+@pytest.fixture
+def sealed_train(tmp_path):
+    """A train run whose files carry their checks."""
+    folder = train_folder(tmp_path / "runs" / "a", replace(BASE, epochs=3))
+    train_folder(tmp_path / "runs" / "b", replace(BASE, epochs=3, seed=1))
+    for name in ("config.json", "results.json"):
+        write_json(folder / name, sealed(json.loads((folder / name).read_text(encoding="utf-8"))))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    (folder / "metrics.jsonl").write_text("".join(json_line(sealed(row)) for row in rows), encoding="utf-8")
+    return folder
+
+
+def notes_of(folder):
+    return [note for study in read(folder) for source in study.sources for note in source.notes]
+
+
+def test_records_with_a_check_are_read_as_those_without(sealed_train):
+    (study,) = read(sealed_train.parent)
+    assert notes_of(sealed_train.parent) == []
+    assert [len(run.curve) for run in study.runs] == [3, 3]
+
+
+def test_a_changed_line_is_left_out_and_noted(sealed_train):
+    changed(sealed_train / "metrics.jsonl", b'"epoch": 2', b'"epoch": 7')
+    assert notes_of(sealed_train) == ["metrics.jsonl: line 2 is left out, torn, changed or not a run; 2 are read."]
+    assert [len(run.curve) for study in read(sealed_train) for run in study.runs] == [2]
+
+
+def test_a_byte_that_is_no_text_spoils_its_line_alone(sealed_train):
+    changed(sealed_train / "metrics.jsonl", b'"epoch": 1', b'"ep\xffch": 1')
+    assert notes_of(sealed_train) == ["metrics.jsonl: line 1 is left out, torn, changed or not a run; 2 are read."]
+
+
+def test_changed_results_are_left_out_and_noted(sealed_train):
+    changed(sealed_train / "results.json", b'"test_accuracy": 0.', b'"test_accuracy": 0.9')
+    (note,) = notes_of(sealed_train)
+    assert note == "results.json was changed after it was written: its check does not fit; it is left out."
+    assert all(run.test != run.test for study in read(sealed_train) for run in study.runs)
+
+
+def test_of_a_changed_configuration_the_results_say_what_it_was(sealed_train):
+    changed(sealed_train / "config.json", b'"epochs": 3', b'"epochs": 4')
+    (study,) = read(sealed_train)
+    assert study.runs[0].config["epochs"] == 3
+    assert notes_of(sealed_train)[0].startswith("config.json was changed")
+
+
+@pytest.mark.parametrize("content", [b"[]", b"\xff", b""])
+def test_a_run_that_cannot_be_told_is_noted_beside_the_others(content, sealed_train):
+    for name in ("config.json", "results.json"):
+        (sealed_train / name).write_bytes(content)
+    (study,) = read(sealed_train.parent)
+    assert [run.seed for run in study.runs] == [1]
+    assert [note.split()[0] for note in notes_of(sealed_train.parent)] == ["config.json", "results.json"]
+    assert "config.json is not" in page(sealed_train.parent)
+    with pytest.raises(BadInput, match=r"holds none\. config\.json is not"):
+        read(sealed_train)
+
+
+def test_a_page_that_does_not_fit_on_the_disk_leaves_nothing(sealed_train, monkeypatch, capsys):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    before = sorted(sealed_train.iterdir())
+    monkeypatch.setattr("gradreg.lab.folder.os.fsync", full)
+    assert cli.main(["report", str(sealed_train)]) == 2
+    assert "--out must be a file that can be written" in capsys.readouterr().err
+    assert sorted(sealed_train.iterdir()) == before

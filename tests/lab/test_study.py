@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -230,11 +231,104 @@ def test_a_journal_cut_anywhere_opens(journal, cut):
         assert list(study.board().results) == ["run 0"]
 
 
-def test_a_spoiled_line_is_named(journal):
-    Study(journal, PLAN)
+@pytest.fixture
+def finished(journal):
+    """A journal with a run that has finished, and its lines."""
+    with Study(journal, PLAN) as study:
+        take(study, count=1)
+        study.finish("run 0", result(0.75))
+    return (journal.folder / "study.log").read_bytes().splitlines(keepends=True)
+
+
+def assert_named(journal, lines, number):
+    """Opening says which line is to blame, and changes nothing."""
     log = journal.folder / "study.log"
-    log.write_bytes(b"spoiled\n" + log.read_bytes())
-    with pytest.raises(BadInput, match=r"study\.log cannot be used"):
+    log.write_bytes(b"".join(lines))
+    with pytest.raises(BadInput, match=rf"study\.log cannot be used: line {number} ") as error:
+        Study(journal).board()
+    assert "\n" not in str(error.value)
+    assert log.read_bytes() == b"".join(lines)
+
+
+def test_no_flipped_bit_of_a_journal_changes_a_result_unseen(journal, finished):
+    whole, log = b"".join(finished), journal.folder / "study.log"
+    for place in range(len(whole) - 1):  # without the last newline the last line counts as cut off
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 7
+        log.write_bytes(flipped)
+        try:
+            results = Study(journal).board().results
+        except BadInput as error:
+            number = int(re.search(r"cannot be used: line (\d+) ", str(error))[1])
+            assert number - whole[:place].count(10) in (1, 2)  # 2: "changed, or a line before it is missing"
+            continue
+        assert results["run 0"].accuracy == 0.75
+
+
+SPOILED = {
+    "foreign": b"spoiled\n",
+    "blank": b"\n",
+    "NUL": b"\0\0\0\n",
+    "without a check": b'{"op_code":4,"worker_id":"x","study_id":0,"datetime_start":null}\n',
+    "not UTF-8": b'{"op_code":"\xff"}\n',
+    "a list": b"[]\n",
+}
+
+
+@pytest.mark.parametrize("spoiled", SPOILED.values(), ids=SPOILED)
+def test_a_spoiled_line_is_named(journal, finished, spoiled):
+    assert_named(journal, [*finished[:3], spoiled, *finished[3:]], 4)
+
+
+def test_a_lost_or_exchanged_line_is_noticed_at_the_next_one(journal, finished):
+    for k in range(len(finished) - 1):
+        assert_named(journal, finished[:k] + finished[k + 1 :], k + 1)
+        assert_named(journal, [*finished[:k], finished[k + 1], finished[k], *finished[k + 2 :]], k + 1)
+
+
+def without_checks(lines):
+    return [re.sub(rb',"check":"[0-9a-f]{16}"', b"", line) for line in lines]
+
+
+def test_a_journal_without_checks_is_read_and_gone_on_with(journal, finished):
+    old = without_checks(finished)
+    assert old != finished
+    (journal.folder / "study.log").write_bytes(b"".join(old))
+    with Study(journal) as study:
+        take(study, count=2)
+        study.finish("run 1", result(0.5))
+    assert {key: found.accuracy for key, found in Study(journal).board().results.items()} == {
+        "run 0": 0.75,
+        "run 1": 0.5,
+    }
+    lines = (journal.folder / "study.log").read_bytes().splitlines(keepends=True)
+    assert lines[: len(old)] == old
+    assert_named(journal, lines[: len(old)] + lines[len(old) + 1 :], len(old) + 1)
+
+
+@pytest.mark.parametrize("word", [b"op_code", b"study_name", b"directions", b"user_attr"])
+def test_what_is_no_record_in_a_journal_without_checks_is_named(journal, finished, word):
+    old = without_checks(finished)
+    number = next(k for k, line in enumerate(old, 1) if b'"' + word in line)
+    old[number - 1] = old[number - 1].replace(word, b"x" + word[1:], 1)
+    assert_named(journal, old, number)
+
+
+def test_a_trial_of_something_else_is_one_line(journal, finished):
+    old = without_checks(finished)
+    (journal.folder / "study.log").write_bytes(b"".join(line.replace(b'"key"', b'"kez"') for line in old))
+    with pytest.raises(BadInput, match="a trial that is no run of a sweep"):
+        Study(journal).board()
+
+
+def test_an_error_that_lasts_is_not_waited_for(journal, monkeypatch):
+    def read_only(path):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    Study(journal, PLAN)
+    monkeypatch.setattr(module, "locked", read_only)
+    monkeypatch.setattr(module.time, "sleep", lambda wait: pytest.fail("it was waited for"))
+    with pytest.raises(BadInput, match="cannot be used: Read-only file system; what it holds is kept"):
         Study(journal)
 
 

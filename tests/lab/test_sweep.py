@@ -227,6 +227,18 @@ def test_the_summary_is_that_of_the_runs():
     assert "difference" not in summary["test"]["SGD"]
 
 
+@pytest.mark.parametrize(
+    ("num_scored", "expected"), [(None, stats.BETTER), (1000, stats.BETTER), (50, stats.UNDECIDED)]
+)
+def test_a_difference_within_a_row_is_none(num_scored, expected):
+    def runs(*accuracies):
+        return [Result(a, 0.1, 0.1, [], False, 1.0, num_scored=num_scored) for a in accuracies]
+
+    points = [{"method": "SGD"}, {"method": "DB", "gamma": 0.1}]
+    test = {"SGD": runs(0.5, 0.6, 0.7), "DB": runs(0.52, 0.62, 0.7201)}  # 0.0199 at the least
+    assert summarize(points, [test["SGD"], test["DB"]], test)["test"]["DB"]["verdict"] == expected
+
+
 def test_the_folder_holds_every_run_once_and_the_results(done):
     rows = lines(done)
     assert Counter(map(identity, rows)).most_common(1)[0][1] == 1
@@ -447,7 +459,7 @@ def test_a_folder_that_was_altered_is_refused(tmp_path, monkeypatch):
     _, place = small(monkeypatch, TOY, tmp_path)
     about = {"plan": from_plan(TOY).plan(), "study": {"name": "sweep", "storage": None, "grace": 120, "batched": False}}
     (tmp_path / "config.json").write_text(json.dumps(about), encoding="utf-8")
-    assert find(tmp_path, None)[1].name == place.name
+    assert find(tmp_path, None).place.name == place.name
     for spoiled in ({**about, "study": 1}, {**about, "plan": {**about["plan"], "seeds": 0}}, []):
         (tmp_path / "config.json").write_text(json.dumps(spoiled), encoding="utf-8")
         with pytest.raises(BadInput):
@@ -458,12 +470,71 @@ def test_a_folder_that_was_altered_is_refused(tmp_path, monkeypatch):
         find(tmp_path, None)
 
 
+@pytest.fixture
+def begun(done, tmp_path):
+    """A copy of a sweep that is done but for its results."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for name in ("config.json", "study.log", "runs.jsonl"):
+        (folder / name).write_bytes((done / name).read_bytes())
+    return folder
+
+
+def refusal(folder, capsys):
+    """The one line of a resume that changes nothing and runs nothing."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    capsys.readouterr()
+    assert main(["sweep", "--resume", str(folder), "--workers", "1"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    return said.err
+
+
+@pytest.mark.parametrize("kept", [0, 2, 20, -2])
+def test_a_study_that_lost_finished_runs_is_not_run_again(begun, kept, capsys, monkeypatch):
+    monkeypatch.setattr(workers, "run_all", lambda *_: pytest.fail("a run was repeated"))
+    log = begun / "study.log"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:kept]))
+    said = refusal(begun, capsys)
+    if kept in (0, 20, -2):
+        assert "runs in runs.jsonl: put back a copy of it, or begin another sweep in a new folder with: gradreg" in said
+    else:
+        assert "must be one of gradreg sweep" in said  # cut before the plan
+
+
+def test_a_changed_configuration_of_a_sweep_is_refused(begun, capsys):
+    path = begun / "config.json"
+    content = path.read_text()
+    assert '"width": 8' in content
+    path.write_text(content.replace('"width": 8', '"width": 9'))
+    assert "config.json' was changed after it was written: its check does not fit" in refusal(begun, capsys)
+
+
+def test_changed_results_of_a_sweep_are_told_and_made_again(begun, capsys):
+    assert main(["sweep", "--resume", str(begun), "--workers", "1"]) == 0
+    path = begun / "results.json"
+    whole = json.loads(path.read_text())
+    path.write_text(path.read_text().replace('"accuracy"', '"accurate"'))
+    assert "results.json' was changed after it was written" in refusal(begun, capsys)
+    path.unlink()
+    assert main(["sweep", "--resume", str(begun), "--workers", "1"]) == 0
+    assert json.loads(path.read_text())["test"] == whole["test"]
+
+
+def test_lines_of_runs_that_were_changed_come_back_from_the_study(begun, done):
+    path = begun / "runs.jsonl"
+    path.write_text(path.read_text().replace('"accuracy": 0.', '"accuracy": 0.1'))
+    assert main(["sweep", "--resume", str(begun), "--workers", "1"]) == 0
+    assert measured(begun) == measured(done)
+
+
 def test_a_password_is_asked_for_again_and_not_stored(tmp_path):
     study = {"name": "a", "storage": "postgresql://user:***@host/db", "grace": 120, "batched": False}
     (tmp_path / "config.json").write_text(json.dumps({"plan": from_plan(TOY).plan(), "study": study}), encoding="utf-8")
     with pytest.raises(BadInput, match="--storage must be given again"):
         find(tmp_path, None)
-    assert find(tmp_path, "postgresql://user:word@host/db")[1].url == "postgresql://user:word@host/db"
+    assert find(tmp_path, "postgresql://user:word@host/db").place.url == "postgresql://user:word@host/db"
 
 
 def test_what_is_concluded_comes_from_the_study(done, tmp_path):

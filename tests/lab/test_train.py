@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -54,12 +55,12 @@ def whole(tmp_path_factory):
 
 def rows(folder):
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "check")} for line in lines]
 
 
 def results(folder):
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    return {key: value for key, value in found.items() if key not in ("seconds", "date", "git")}
+    return {key: value for key, value in found.items() if key not in ("seconds", "date", "git", "check")}
 
 
 def names(folder):
@@ -86,7 +87,7 @@ def test_a_run_writes_its_configuration_a_line_for_each_epoch_and_its_results(wh
     about = json.loads((whole / "config.json").read_text(encoding="utf-8"))
     assert RunConfig(**about["config"]) == CONFIG
     assert about["command"] == " ".join(["gradreg", *words()])
-    described = {"command", "date", "machine", "versions", "git"}
+    described = {"command", "date", "machine", "versions", "git", "ran_in", "check"}
     assert set(about) == described | {"checkpoint_every", "keep", "tensorboard", "threads", "config"}
     lines = rows(whole)
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 5), (2, 10), (3, 15), (4, 20)]
@@ -131,6 +132,35 @@ def test_checkpoints_are_as_many_and_as_rare_as_asked(tmp_path):
     out = tmp_path / "run"
     assert status(words(replace(CONFIG, epochs=7), "--checkpoint-every", 3, "--keep", 2, "--out", out)) == 0
     assert names(out) == ["epoch-000006", "epoch-000007"]
+
+
+@pytest.mark.parametrize(("level", "said"), [(0.0, True), (2.3, False)])
+def test_a_level_that_is_never_reached_is_said(level, said, tmp_path, capsys):
+    config = RunConfig(**{**SMALL, "epochs": 2}, method="Flooding", level=level)
+    assert status(words(config, "--out", tmp_path / "run")) == 0
+    assert (results(tmp_path / "run")["flooded_steps"] == 0) is said
+    line = f"No step had a loss below the level {level:g}: this is a run of SGD; a higher --level would flood.\n"
+    assert (line in capsys.readouterr().out) is said
+
+
+def test_the_count_of_flooded_steps_goes_on_with_the_run(tmp_path):
+    config = RunConfig(**SMALL, method="Flooding", level=2.25)
+    trainer, half = Trainer(config), Trainer(config)
+    for _ in range(4):
+        trainer.epoch()
+    half.epoch()
+    half.epoch()
+    other = Trainer(config)
+    other.load_state_dict(half.state_dict())
+    other.epoch()
+    other.epoch()
+    assert other.flooded.steps == trainer.flooded.steps > half.flooded.steps
+    assert "flooded_steps" not in results_of_sgd(tmp_path)
+
+
+def results_of_sgd(folder):
+    assert status(words(RunConfig(**{**SMALL, "epochs": 1}), "--out", folder / "sgd")) == 0
+    return results(folder / "sgd")
 
 
 def test_a_run_that_diverges_ends_and_says_so(tmp_path, capsys):
@@ -450,10 +480,65 @@ def test_what_cannot_be_resumed_is_refused_and_left_as_it_is(stopped, whole, cap
 
     about = json.loads((stopped / "config.json").read_text(encoding="utf-8"))
     about["config"]["width"] = 9
+    del about["check"]
     (stopped / "config.json").write_text(json.dumps(about), encoding="utf-8")
     before = snapshot()
     assert "the checkpoint is that of another model: 1.weight is (8, 64) float32" in refusal(again, capsys)
     assert snapshot() == before
+
+
+def replaced(path, old, new):
+    """One change in a file."""
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new, 1))
+
+
+SPOILED_METRICS = {
+    "a digit": (b'"train_loss": ', b'"train_loss": 1', "line 1 of .* was changed after it was written"),
+    "NUL": (b'{"epoch": 2', b'\0"epoch": 2', "line 2 of .* is not JSON"),
+    "not UTF-8": (b'"epoch": 3', b'"ep\xffch": 3', "line 3 of .* is not JSON"),
+    "another line": (b'"epoch": 2', b'"epoch": 1', "line 2 of .* was changed"),
+    "a blank line": (b'{"epoch": 2', b'\n{"epoch": 2', "line 2 of .* is not JSON"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "message"), SPOILED_METRICS.values(), ids=SPOILED_METRICS)
+def test_a_changed_line_of_metrics_is_named_and_left(old, new, message, stopped, capsys):
+    replaced(stopped / "metrics.jsonl", old, new)
+    before = (stopped / "metrics.jsonl").read_bytes()
+    said = refusal(["train", "--resume", str(stopped)], capsys)
+    assert re.search(message, said), said
+    assert f"start again in a new folder with: gradreg {' '.join(words())}." in said
+    assert (stopped / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_what_an_earlier_version_wrote_is_gone_on_with(name, stopped, whole):
+    path = stopped / name
+    path.write_text(re.sub(r',\s*"check": "[0-9a-f]+"', "", path.read_text(encoding="utf-8")), encoding="utf-8")
+    assert '"check"' not in path.read_text(encoding="utf-8")
+    assert status(["train", "--resume", stopped]) == 0
+    assert_same_run(stopped, whole)
+
+
+def test_a_changed_configuration_is_refused_with_a_way_out(stopped, capsys):
+    again = ["train", "--resume", str(stopped)]
+    with_a_command = f"or start again in a new folder with: gradreg {' '.join(words())}."
+    replaced(stopped / "config.json", b'"date": "2', b'"date": "3')
+    assert with_a_command in refusal(again, capsys)
+    replaced(stopped / "config.json", b'"date": "3', b'"date": "2')
+    replaced(stopped / "config.json", b'"gamma": 0.1', b'"gamma": 0.3')
+    said = refusal(again, capsys)  # which of the two is right, configuration or command, cannot be told
+    assert "config.json' was changed after it was written: its check does not fit" in said
+    assert "or start the run again in a new folder." in said
+
+
+@pytest.mark.parametrize("content", [b"[]", b"", b"null", b"\xff", b'{"config": []}', b'{"config": {}, "keep": 3}'])
+def test_a_configuration_of_another_kind_is_one_line(content, stopped, capsys):
+    (stopped / "config.json").write_bytes(content)
+    said = refusal(["train", "--resume", str(stopped)], capsys)
+    assert "config.json" in said
 
 
 def test_a_run_without_a_good_checkpoint_is_refused(stopped, capsys):

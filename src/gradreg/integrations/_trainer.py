@@ -251,5 +251,14 @@ class GradientRegularizationMixin(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         path = os.path.join(checkpoint, STATE_FILE) if checkpoint is not None else ""
         if os.path.isfile(path):  # else: of a run without the penalty, which begins now
-            with open(path, encoding="utf-8") as file:
-                self.load_regularizer_state(json.load(file))
+            with open(path, "rb") as file:
+                content = file.read()
+            try:
+                state = json.loads(content)
+            except ValueError:
+                state = None
+            if not isinstance(state, dict):
+                raise ValueError(
+                    f"{path} must be a JSON object, the regularizer's state; resume from another checkpoint."
+                )
+            self.load_regularizer_state(state)

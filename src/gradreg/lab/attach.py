@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -40,6 +41,28 @@ class Attached:
     backward: Backward
     regularizer: gradreg.GradientRegularizer | None = None
     """What has a state to save, if the method has one."""
+    flooded: Flooded | None = None
+    """Flooding, which has a count to save."""
+
+
+class Flooded:
+    """Flooding that counts the steps whose loss lay below the level; the count stays where the loss is until read."""
+
+    def __init__(self, level: float) -> None:
+        self._flooding = gradreg.Flooding(level)
+        self._steps = torch.zeros((), dtype=torch.int64)
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        self._steps = self._steps.to(loss.device) + (loss.detach() < self._flooding.level)
+        return self._flooding(loss)
+
+    @property
+    def steps(self) -> int:
+        return int(self._steps)
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        self._steps = torch.tensor(count)
 
 
 def attach(model: nn.Module, num_steps: int, config: RunConfig, optimizer: Optimizer) -> Attached:
@@ -48,7 +71,8 @@ def attach(model: nn.Module, num_steps: int, config: RunConfig, optimizer: Optim
         return Attached(_plainly(lambda loss: loss))
     if config.method == "Flooding":  # returns the loss before flooding, as the other methods do
         assert config.level is not None
-        return Attached(_plainly(gradreg.Flooding(config.level)))
+        flooded = Flooded(config.level)
+        return Attached(_plainly(flooded), flooded=flooded)
     if config.method in _OWN:
         regularizer = _own(config.method, model, num_steps, config, optimizer)
     else:

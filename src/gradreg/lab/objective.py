@@ -67,6 +67,8 @@ class Evaluation:
 
     loss: float
     score: float
+    count: int | None = None
+    """Labels of which an accuracy is a share."""
 
 
 def loss(model: nn.Module, batch: Batch, of: Objective = PLAIN) -> Tensor:
@@ -110,7 +112,7 @@ def evaluate(model: nn.Module, part: Rows, rows: int | None = None, *, of: Objec
             found = _number(score, model, [chunk for chunk, _ in _chunks(part, rows, _CHUNK, device)])
         else:
             found = _number(score, *(torch.cat(column) for column in zip(*kept)))
-    return Evaluation(total.item(), found)
+    return Evaluation(total.item(), found, num_targets or None)
 
 
 def gradient_norm(

@@ -69,6 +69,8 @@ class Result:
     """tr H of the training loss, if it was asked for."""
     error: str = ""
     """What code of the user's raised, in a line; such a run has no numbers."""
+    num_scored: int | None = None
+    """Labels of which the accuracy is a share."""
 
 
 def run(job: Job) -> Result:
@@ -133,14 +135,16 @@ def _run(job: Job, task: Task) -> Result:
     trace.append({"step": trainer.num_steps, **last})
     scored = {"test": task.test, "validation": task.validation}[job.scored_on]
     diverged = not math.isfinite(last["train_loss"])
+    found = objective.evaluate(model, scored, of=of)
     return Result(
-        objective.evaluate(model, scored, of=of).score,
+        found.score,
         last["train_loss"],
         last["grad_norm"],
         trace=trace,
         diverged=diverged,
         seconds=time.perf_counter() - started,
         hessian_trace=_hessian_trace(model, task.train, of, job.num_probes) if job.num_probes else None,
+        num_scored=found.count,
     )
 
 

@@ -7,6 +7,8 @@ that were trained on, random ones included, and without augmentation.
 from __future__ import annotations
 
 import math
+import os
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,15 +23,16 @@ from gradreg import curvature
 from gradreg.lab import objective
 from gradreg.lab.about import provenance
 from gradreg.lab.config import RunConfig
+from gradreg.lab.data import places
 from gradreg.lab.data.parts import Part
-from gradreg.lab.folder import BadInput, new_folder, write_json
+from gradreg.lab.folder import BadInput, new_folder, shown, write_json
 from gradreg.lab.objective import Objective
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.rows import Batch, Rows, TensorRows, moved
 from gradreg.lab.tasks import trained as task_of
 from gradreg.lab.train import checkpoint
 from gradreg.lab.train.processes import resolve
-from gradreg.lab.train.session import read_plan
+from gradreg.lab.train.session import read
 
 PARTS = ("train", "validation", "test")
 CHUNK = 2**17
@@ -52,14 +55,16 @@ class Plan:
     seed: int = 0
     """Of the probes and of the first vector of Lanczos."""
     device: str = "auto"
+    data: str | None = None
+    """Where the data of the run is, if it was moved."""
 
     @property
     def command(self) -> str:
-        rows = f" --rows {self.rows}" if self.rows else ""
-        return (
-            f"gradreg sharpness {self.path} --part {self.part} --probes {self.probes} --eigenvalues {self.eigenvalues}"
-            f"{rows} --seed {self.seed} --device {self.device}"
-        )
+        words = ["gradreg", "sharpness", self.path]
+        for name in ("part", "probes", "eigenvalues", "rows", "seed", "device", "data"):
+            value = getattr(self, name)
+            words += [] if value is None else ["--path" if name == "data" else f"--{name}", value]
+        return shlex.join(map(str, words))
 
 
 @dataclass(frozen=True)
@@ -81,11 +86,13 @@ def load_trained(plan: Plan, say: Callable[[str], None]) -> Trained:
     """
     run, place = _run_and_checkpoint(plan.path, say)
     try:
-        config = read_plan(run).config
+        run_plan, about = read(run)
     except BadInput as error:
         raise BadInput(str(error).replace("--resume", "the path", 1)) from error
+    config = run_plan.config
     weights = checkpoint.read_model(place)
-    task = task_of(config)
+    with places.standing_for(config.path, places.found(config, about.get("ran_in"), plan.data)):
+        task = task_of(config)
     model = task.build(config.seed)
     wrong = checkpoint.differences(model.state_dict(), weights)
     if wrong:
@@ -102,11 +109,11 @@ def load_trained(plan: Plan, say: Callable[[str], None]) -> Trained:
 
 
 def _run_and_checkpoint(path: Path, say: Callable[[str], None]) -> tuple[Path, Path]:
-    if (path / checkpoint.MANIFEST).is_file():
+    if os.path.isfile(path / checkpoint.MANIFEST):
         return path.absolute().parent.parent, path
-    if not (path / "config.json").is_file():
+    if not os.path.isfile(path / "config.json"):
         raise BadInput(
-            f"the path must be the folder of a run of gradreg train or one of its checkpoints, got {str(path)!a}."
+            f"the path must be the folder of a run of gradreg train or one of its checkpoints, got {shown(path)}."
         )
     return path, checkpoint.last_good(path / "checkpoints", say)
 

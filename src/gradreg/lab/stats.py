@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 LEVEL = 0.95
@@ -49,13 +49,26 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Int
     return mean_interval([value - base for value, base in zip(values, baseline)])
 
 
-def verdict(difference: Interval) -> str:
-    """`better` or `worse` where the interval excludes 0.
+def verdict(difference: Interval, margin: float = 0.0) -> str:
+    """`better` or `worse` where the whole interval lies further from 0 than the margin.
 
     Example:
-        >>> verdict(Interval(0.5, 0.1, 0.9)), verdict(Interval(0.5, -0.1, 1.1))
-        ('better', 'no difference shown')
+        >>> verdict(Interval(0.5, 0.1, 0.9)), verdict(Interval(0.5, -0.1, 1.1)), verdict(Interval(0.5, 0.1, 0.9), 0.2)
+        ('better', 'no difference shown', 'no difference shown')
     """
-    if difference.low > 0:
+    if difference.low > margin:
         return BETTER
-    return WORSE if difference.high < 0 else UNDECIDED
+    return WORSE if difference.high < -margin else UNDECIDED
+
+
+def one_row(counts: Iterable[float | None]) -> float:
+    """The margin of a difference in accuracy: one of the rows that were scored; 0 where their number is not known.
+
+    Rounding, which differs between processors, moves single rows to and fro: what is within one says nothing.
+
+    Example:
+        >>> one_row([500, None, 1000])
+        0.002
+    """
+    known = [count for count in counts if count is not None and count > 0]
+    return 1 / min(known) if known else 0.0

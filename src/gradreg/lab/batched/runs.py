@@ -15,6 +15,7 @@ from gradreg.lab.batched.models import stack
 from gradreg.lab.batched.rules import rule_of
 from gradreg.lab.batched.training import StackedAverage, StackedOptimizer, StackedRegularizer
 from gradreg.lab.data.parts import Part
+from gradreg.lab.objective import Evaluation
 from gradreg.lab.runs import Job, Result
 from gradreg.lab.tasks import trained
 from gradreg.lab.train.processes import resolve
@@ -75,15 +76,16 @@ class StackedRuns:
         seconds = (time.perf_counter() - started) / len(self._jobs)
         return [
             Result(
-                score,
+                score.score,
                 measured["train_loss"],
                 measured["grad_norm"],
                 trace=[*trace, {"step": self.num_steps, **measured}],
                 diverged=not math.isfinite(measured["train_loss"]),
                 seconds=seconds,
                 hessian_trace=hessian_trace,
+                num_scored=score.count,
             )
-            for score, measured, trace, hessian_trace in zip(scores, last, traces, traces_of_hessian)
+            for job, score, measured, trace, hessian_trace in zip(self._jobs, scores, last, traces, traces_of_hessian)
         ]
 
     def train(self) -> None:
@@ -169,7 +171,7 @@ class StackedRuns:
             total[k, : job.num_probes].mean().item() if job.num_probes else None for k, job in enumerate(self._jobs)
         ]
 
-    def _score(self, k: int) -> float:
+    def _score(self, k: int) -> Evaluation:
         rows = {"test": self._task.test, "validation": self._task.validation}[self._jobs[k].scored_on]
         vector_to_parameters(self.weights[k].clone(), self._model.parameters())
-        return objective.evaluate(self._model, rows, of=self._task.objective).score
+        return objective.evaluate(self._model, rows, of=self._task.objective)

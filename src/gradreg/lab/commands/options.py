@@ -53,20 +53,24 @@ def switch(field: str, meaning: str) -> Parameter:
 
 @contextmanager
 def interrupted_in(runs: Path) -> Iterator[None]:
-    """Ctrl-C says where the finished runs are."""
+    """Ctrl-C and a full disk say where the finished runs are."""
     try:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"finished runs are kept in {runs}") from None
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}; finished runs are kept in {runs}") from error
 
 
 @contextmanager
 def nothing_in(folder: Path) -> Iterator[None]:
-    """Ctrl-C says that there is no result."""
+    """Ctrl-C and a full disk say that there is no result."""
     try:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"no result was written to {folder}") from None
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}; no result was written to {folder}") from error
 
 
 Out = Annotated[Path | None, Parameter(name="--out", help="New or empty folder; by default results/COMMAND-TIME.")]

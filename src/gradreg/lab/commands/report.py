@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from gradreg.lab.commands.options import app
-from gradreg.lab.folder import BadInput, write_text
+from gradreg.lab.folder import BadInput, shown, write_text
 
 
 @app.command
@@ -30,18 +31,19 @@ def report(
     from gradreg.lab.report.page import is_ours, page
 
     target = folder / "report.html" if out is None else out
-    shown = ascii(str(target))
     if not str(target).isprintable():
-        raise BadInput(f"--out must be a path of printable characters, got {shown}.")
+        raise BadInput(f"--out must be a path of printable characters, got {shown(target)}.")
     if target.suffix.lower() not in (".html", ".htm"):
-        raise BadInput(f"--out must end in .html, got {shown}.")
-    if out is not None and not target.parent.is_dir():
-        raise BadInput(f"--out must lie in a folder that exists, got {shown}.")
+        raise BadInput(f"--out must end in .html, got {shown(target)}.")
+    if out is not None and not os.path.isdir(target.parent):
+        raise BadInput(f"--out must lie in a folder that exists, got {shown(target)}.")
     html = page(folder)
-    if (target.exists() or target.is_symlink()) and not is_ours(target):
-        raise BadInput(f"--out must be a new file, got {shown}, which gradreg report did not make; pass another --out.")
+    if os.path.lexists(target) and not is_ours(target):
+        raise BadInput(
+            f"--out must be a new file, got {shown(target)}, which gradreg report did not make; pass another --out."
+        )
     try:
         write_text(target, html)
     except OSError as error:
-        raise BadInput(f"--out must be a file that can be written, got {shown}: {error.strerror}.") from error
+        raise BadInput(f"--out must be a file that can be written, got {shown(target)}: {error.strerror}.") from error
     print(f"{target}: {len(html.encode()) / 1024:.0f} KB, one page that stands alone.")

@@ -33,6 +33,9 @@ def sharpness(
     rows: Annotated[int | None, whole("--rows", 1, 10**9, "The first so many of the part; by default all")] = None,
     seed: Annotated[int, whole("--seed", 0, LAST_SEED, "Of the probes and the first vector")] = 0,
     device: Device = "auto",
+    data: Annotated[
+        str | None, Parameter(name="--path", help="Where the data of the run is now, if it was moved.")
+    ] = None,
     out: Annotated[
         Path | None, Parameter(name="--out", help="New or empty folder for results.json; by default none is written.")
     ] = None,
@@ -46,7 +49,7 @@ def sharpness(
 
     if probes == 1:
         raise BadInput("--probes must be 0 or a whole number from 2 to 1000000, got '1': one has no standard error.")
-    plan = Plan(path, part, probes, eigenvalues, rows, seed, device)
+    plan = Plan(path, part, probes, eigenvalues, rows, seed, device, data)
     try:
         run_sharpness(plan, out, lambda line: print(f"gradreg: {line}", file=sys.stderr))
     except KeyboardInterrupt:

@@ -38,7 +38,8 @@ def sweep(
     seeds: Annotated[int | None, whole("--seeds", 2, 100, "How many; by default the configuration's, or 5")] = None,
     epochs: Annotated[int | None, whole("--epochs", 1, 10**6, "In the place of the configuration's")] = None,
     path: Annotated[
-        str | None, Parameter(name="--path", help="Where the data is, in the place of the configuration's.")
+        str | None,
+        Parameter(name="--path", help="Where the data is, in the place of the configuration's; with --resume, now."),
     ] = None,
     device: Annotated[str | None, Parameter(name="--device", help="auto, cpu or cuda.")] = None,
     batched: Annotated[
@@ -62,6 +63,7 @@ def sweep(
     intervals and verdicts, and writes a folder: config.json, study.log, runs.jsonl, results.json. May be killed at any
     time; --resume goes on, and, given in other terminals or on other machines, shares the work.
     """
+    from gradreg.lab.data.places import found, standing_for
     from gradreg.lab.player import default_workers
     from gradreg.lab.sweep import folder as sweep_folder
     from gradreg.lab.sweep.schedule import SweepSchedule
@@ -72,17 +74,22 @@ def sweep(
     asked = _read(config, {k: v for k, v in changes.items() if v is not None}, seeds, search)
     _check_options(config, resume, storage, study, out)
     count = workers or default_workers()
+    moved = path if config is None else None
     if resume is not None:
-        known, place, was_batched = sweep_folder.find(resume, storage)
-        _check_same(asked, known, resume)
-        sweep, folder = known, resume
-        is_batched = _engine(batched, known, was_batched)
+        begun = sweep_folder.find(resume, storage)
+        sweep, place, folder = begun.sweep, begun.place, resume
+        _check_same(asked, sweep, resume)
+        is_batched = _engine(batched, sweep, begun.is_batched)
+        sweep_folder.check_complete(resume, begun)
+        data = sweep.base.path, found(sweep.base, begun.ran_in, moved)
         _open(place, sweep)
     else:
         place = Place(study or _name(out), url=storage, grace=grace or Place.grace) if storage else None
         sweep = asked or _from_study(place)
         is_batched = _engine(batched, sweep, should_batch(sweep))
-        _check_runs(sweep)
+        data = sweep.base.path, found(sweep.base, None, moved) if moved else None
+        with standing_for(*data):
+            _check_runs(sweep)
         if place is not None:
             _open(place, sweep)
         folder = new_folder(out, "sweep")
@@ -93,8 +100,9 @@ def sweep(
 
     again = f"finished runs are kept; go on with: gradreg sweep --resume {shlex.quote(str(folder))}"
     try:
-        work_together(Worker(folder.resolve(), place, is_batched, count), SweepSchedule(sweep))
-        results = sweep_folder.conclude(folder, place)
+        with standing_for(*data):
+            work_together(Worker(folder.resolve(), place, is_batched, count, data=data), SweepSchedule(sweep))
+            results = sweep_folder.conclude(folder, place)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(again) from None
     except (BadInput, OSError) as error:
@@ -108,7 +116,7 @@ def _read(config: Path | None, changes: dict[str, Any], seeds: int | None, searc
     if config is not None:
         return read_sweep(config, changes, seeds, search)
     for name, value in {**changes, "seeds": seeds, "search": search}.items():
-        if value is not None:
+        if value is not None and name != "path":
             raise BadInput(f"--{name} must be left out without CONFIG: a sweep that was begun keeps its configuration.")
     return None
 

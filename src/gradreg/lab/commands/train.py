@@ -116,4 +116,8 @@ def _print_summary(config: RunConfig, results: dict[str, Any]) -> None:
         f"test accuracy {results['test_accuracy']:.2%}   validation {results['validation_accuracy']:.2%}   "
         f"train loss {results['train_loss']:.4f}   ‖∇L‖ {results['grad_norm']:.4f}"
     )
+    if results.get("flooded_steps") == 0:
+        print(
+            f"No step had a loss below the level {config.level:g}: this is a run of SGD; a higher --level would flood."
+        )
     print(f"Everything is in {results['folder']}.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import cifar, idx, images, text
 from gradreg.lab.data.parts import Part, Split, shuffled
+from gradreg.lab.data.places import now
 from gradreg.lab.folder import BadInput
 
 AT_PATH = ("cifar10", "cifar100", "idx", "images", "hub")
@@ -47,7 +49,7 @@ def load(config: RunConfig) -> Split:
         raise BadInput(f"random_labels must be 0 with data text, got {config.random_labels:g}.")
     if name in GENERATED and config.num_train is not None:
         _check_rows(config, config.num_train, MOST_GENERATED)
-    everything = SOURCES[name](config)
+    everything = SOURCES[name](replace(config, path=now(config.path)))
     available = len(everything.train)
     if config.num_train is None and config.batch_size > available:
         raise BadInput(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import tarfile
 import zlib
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from gradreg.lab.data.parts import Part, Split, from_bytes, shuffled
-from gradreg.lab.folder import BadInput
+from gradreg.lab.folder import BadInput, shown
 
 HOME = "https://www.cs.toronto.edu/~kriz/cifar.html"
 _PIXELS = 3 * 32 * 32
@@ -90,12 +91,12 @@ def read(archive: Archive, path: str) -> Split:
         BadInput: no such file, or one that is not the official archive, byte for byte.
     """
     place = Path(path)
-    file = place / archive.name if place.is_dir() else place
+    file = place / archive.name if os.path.isdir(place) else place
     try:
         found = file.stat()
     except OSError as error:
         raise BadInput(
-            f"path must be {archive.name} or the folder that holds it (get it from {HOME}), got {path!a}: "
+            f"path must be {archive.name} or the folder that holds it (get it from {HOME}), got {shown(path)}: "
             f"{error.strerror}."
         ) from error
     return _read(archive, file, found.st_size, found.st_mtime_ns)

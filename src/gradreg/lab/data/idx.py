@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from gradreg.lab.data.parts import Part, Split, from_bytes, moments, shuffled
-from gradreg.lab.folder import BadInput
+from gradreg.lab.folder import BadInput, shown
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts the four files."""
@@ -70,7 +70,7 @@ def _files(folder: Path) -> tuple[tuple[str, Path, int], ...]:
     try:
         places = sorted(folder.iterdir())
     except OSError as error:
-        raise BadInput(f"path must be a folder with IDX files, got {str(folder)!a}: {error.strerror}.") from error
+        raise BadInput(f"path must be a folder with IDX files, got {shown(folder)}: {error.strerror}.") from error
     found: dict[str, Path] = {}
     sets: set[str] = set()
     for place in places:

@@ -8,6 +8,7 @@ are standardized by the mean and deviation of each color over the training rows.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from gradreg.lab.data.parts import Part, Split, from_bytes, moments, shuffled
-from gradreg.lab.folder import BadInput
+from gradreg.lab.folder import BadInput, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,8 +45,8 @@ def from_folder(path: str) -> Split:
     except ImportError as error:
         raise BadInput(f"data images needs Pillow; {_INSTALL}.") from error
     root = Path(path)
-    if not root.is_dir():
-        raise BadInput(f"path must be a folder with one subfolder of images for each class, got {path!a}.")
+    if not os.path.isdir(root):
+        raise BadInput(f"path must be a folder with one subfolder of images for each class, got {shown(path)}.")
     parts = _parts(root)
     classes = _classes(parts["train"])
     if len(classes) < 2:

@@ -1,18 +1,22 @@
 """What `gradreg sweep` and `gradreg train` left on disk, read into studies.
 
-A finished run is a line of a sweep's runs.jsonl, or a train folder. A line that cannot be read is left out and noted.
+A finished run is a line of a sweep's runs.jsonl, or a train folder. What cannot be read, or was changed after it was
+written, is left out and noted.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gradreg.lab.config import FIELDS
-from gradreg.lab.folder import BadInput
+from gradreg.lab.folder import BadInput, shown
+from gradreg.lab.records import opened, read_record
 from gradreg.lab.report.studies import TASK, Row, Run, Source, Study, number, share, text
 
 
@@ -25,9 +29,10 @@ def read(folder: Path) -> list[Study]:
     sources = list(_sources(folder))
     if not sources:
         kinds = "a folder of gradreg sweep or gradreg train, or one that holds such folders"
-        raise BadInput(f"DIR must be {kinds}, got {str(folder)!a}.")
+        raise BadInput(f"DIR must be {kinds}, got {shown(folder)}.")
     if not any(source.runs for source in sources):
-        raise BadInput(f"DIR must hold a finished run, got {str(folder)!a}, which holds none.")
+        why = " ".join(note for source in sources for note in source.notes)
+        raise BadInput(f"DIR must hold a finished run, got {shown(folder)}, which holds none. {why}".strip())
     studies = []
     sweeps = [[source] for source in sources if source.kind == "sweep"]
     for together in (*sweeps, [source for source in sources if source.kind == "train"]):
@@ -38,7 +43,8 @@ def read(folder: Path) -> list[Study]:
             mine = [source for source in together if any(run in source.runs for run in runs)]
             name = text(mine[0].name) if len(mine) == 1 else f"{len(mine)} train runs"
             studies.append(Study(name, json.loads(key), mine, runs))
-    return studies
+    unread = [source for source in sources if not source.about and not source.runs]
+    return [replace(studies[0], sources=[*studies[0].sources, *unread]), *studies[1:]]
 
 
 def _sources(folder: Path) -> Iterator[Source]:
@@ -50,7 +56,7 @@ def _sources(folder: Path) -> Iterator[Source]:
     try:
         inside = sorted(path for path in folder.iterdir() if path.is_dir())
     except OSError as error:
-        raise BadInput(f"DIR must be a folder that can be read, got {str(folder)!a}: {error.strerror}.") from error
+        raise BadInput(f"DIR must be a folder that can be read, got {shown(folder)}: {error.strerror}.") from error
     for path in inside:
         if (found := _source(path, path.name)) is not None:
             yield found
@@ -58,23 +64,29 @@ def _sources(folder: Path) -> Iterator[Source]:
 
 def _source(folder: Path, name: str) -> Source | None:
     notes: list[str] = []
-    about = _json(folder / "config.json", notes)
-    if about is None:
-        return None
-    results = _json(folder / "results.json", notes) or {}
-    if isinstance(about.get("base"), Mapping) and isinstance(about.get("axes"), Mapping):
+    config, results = (_record(folder / name, notes) for name in ("config.json", "results.json"))
+    has_ended = results is not None or os.path.exists(folder / "results.json")
+    about, results = config or results or {}, results or {}  # results.json says again what config.json says
+    is_changed = not about and bool(notes)
+    if _has_mappings(about, "base", "axes") or (is_changed and os.path.exists(folder / "runs.jsonl")):
         runs = _sweep_runs(_lines(folder / "runs.jsonl", notes))
         costs = results.get("costs")
         costs = {text(k): number(v) for k, v in costs.items()} if isinstance(costs, Mapping) else {}
-        if not results:
+        if not has_ended:
             notes.append("The sweep has not ended: there is no results.json yet.")
         return Source(name, "sweep", {**about, **_only(results, "seconds")}, runs, costs, notes)
-    if isinstance(about.get("config"), Mapping):
+    if _has_mappings(about, "config"):
         run = _train_run(dict(about["config"]), _lines(folder / "metrics.jsonl", notes), results)
-        if not results:
+        if not has_ended:
             notes.append("The run has not ended; it is drawn, but not compared.")
         return Source(name, "train", about, [run] if run else [], {}, notes)
+    if is_changed and os.path.exists(folder / "metrics.jsonl"):
+        return Source(name, "train", {}, [], {}, notes)
     return None
+
+
+def _has_mappings(about: Row, *names: str) -> bool:
+    return all(isinstance(about.get(name), Mapping) for name in names)
 
 
 def _only(row: Mapping[str, Any], *names: str) -> Row:
@@ -99,6 +111,7 @@ def _sweep_runs(lines: Sequence[Row]) -> list[Run]:
             test=score if part == "test" else math.nan,
             diverged=diverged,
             curve=_curve(line.get("trace")),
+            num_scored=number(line.get("num_scored")),
             **numbers,
         )
     return list(runs.values())
@@ -119,6 +132,7 @@ def _train_run(config: Row, epochs: Sequence[Row], results: Mapping[str, Any]) -
         diverged=bool(results.get("diverged")) or not math.isfinite(loss),
         seconds=number(results.get("seconds", seconds)),
         curve=_curve(list(epochs)),
+        num_scored=number(results.get("num_scored")),
     )
 
 
@@ -133,38 +147,37 @@ def _curve(trace: Any) -> tuple[dict[str, float], ...]:
     return tuple(moments)
 
 
-def _json(path: Path, notes: list[str]) -> Row | None:
-    """A JSON object, or None where there is none."""
+def _record(path: Path, notes: list[str]) -> Row | None:
+    """A JSON object that is what was written, or None; noted where there is another thing."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        return read_record(path)
     except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError):
-        notes.append(f"{path.name} cannot be read and was left out.")
-        return None
-    return value if isinstance(value, dict) else None
+        pass
+    except ValueError as error:
+        notes.append(f"{path.name} {error}; it is left out.")
+    except OSError as error:
+        notes.append(f"{path.name} cannot be read: {error.strerror}.")
+    return None
 
 
 def _lines(path: Path, notes: list[str]) -> list[Row]:
-    """The objects of a JSON-lines file; a line that was cut off, the last one as a rule, is left out and noted."""
+    """The records of a JSON-lines file; one that was cut off, the last as a rule, or changed is left out and noted."""
     rows: list[Row] = []
-    torn: list[int] = []
+    spoiled: list[int] = []
     try:
-        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        with path.open("rb") as file:
             for k, line in enumerate(file, 1):
                 try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    row = None
-                if isinstance(row, dict):
-                    rows.append(row)
-                elif line.strip():
-                    torn.append(k)
+                    rows.append(opened(line))
+                except ValueError:
+                    spoiled += [k] if line.strip() else []
     except FileNotFoundError:
         pass
     except OSError as error:
         notes.append(f"{path.name} cannot be read: {error.strerror}.")
-    if torn:
-        which = f"line {torn[0]} is" if len(torn) == 1 else f"{len(torn)} lines, line {torn[0]} the first, are"
-        notes.append(f"{path.name}: {which} left out, torn or not a run; {len(rows)} are read.")
+    if spoiled:
+        which = (
+            f"line {spoiled[0]} is" if len(spoiled) == 1 else f"{len(spoiled)} lines, line {spoiled[0]} the first, are"
+        )
+        notes.append(f"{path.name}: {which} left out, torn, changed or not a run; {len(rows)} are read.")
     return rows

@@ -35,6 +35,8 @@ class Run:
     seconds: float
     curve: tuple[dict[str, float], ...]
     """`step` with `train_loss`, `grad_norm` and, in train runs, `validation_accuracy`."""
+    num_scored: float = math.nan
+    """Labels of which the accuracy on test rows is a share."""
 
     @property
     def seed(self) -> Any:

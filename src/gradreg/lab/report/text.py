@@ -53,7 +53,8 @@ def _difference(point: Point, baseline: Point) -> tuple[stats.Interval | None, s
         gap = mine[shared[0]] - sgd[shared[0]]
         return stats.Interval(gap, math.nan, math.nan), ONE_SEED
     found = stats.paired_difference([mine[s] for s in shared], [sgd[s] for s in shared])
-    return found, stats.verdict(found)
+    scored = (run.num_scored for p in (point, baseline) for run in p.runs if math.isfinite(run.test))
+    return found, stats.verdict(found, stats.one_row(scored))
 
 
 def headline(study: Study, rows: Sequence[Comparison]) -> str:

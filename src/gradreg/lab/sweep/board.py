@@ -56,12 +56,9 @@ class Board:
                 self.waiting.append(trial)
             elif trial.state == TrialState.RUNNING:
                 self.running.append(trial)
-
-    @property
-    def results(self) -> dict[str, Result]:
-        """What has finished."""
         done = ((key, trial) for key, trial in self.current.items() if trial.state == TrialState.COMPLETE)
-        return {key: _result(trial.user_attrs["result"]) for key, trial in done}
+        self.results = {key: _result(trial.user_attrs["result"]) for key, trial in done}
+        """What has finished."""
 
     def is_finished(self, key: str) -> bool:
         trial = self.current.get(key)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 from rich.table import Table
 
 from gradreg.lab.about import git_state, machine, versions
+from gradreg.lab.config import FIELDS, RunConfig, from_mapping
 from gradreg.lab.cost.steps import clock_for, make_step, paired_seconds
-from gradreg.lab.folder import BadInput, write_json, write_text
+from gradreg.lab.folder import BadInput, json_line, shown, write_json, write_text
+from gradreg.lab.records import Damaged, opened, read_record, sealed
 from gradreg.lab.search import Range
 from gradreg.lab.sweep.journal import locked
 from gradreg.lab.sweep.plan import SETTINGS, Row, Sweep, axes, from_plan
@@ -39,54 +42,95 @@ def begin(folder: Path, sweep: Sweep, place: Place, command: str, workers: int, 
             values = (axis.low, axis.high) if isinstance(axis, Range) else axis
             varied[name] = list(dict.fromkeys([*varied.get(name, []), *values]))
     plan = sweep.plan()
-    write_json(
-        folder / "config.json",
-        {
-            "name": folder.resolve().name,
-            "command": command,
-            "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "machine": machine(workers),
-            "versions": versions(),
-            "git": git_state(),
-            "base": plan["base"],
-            "axes": varied,
-            "seeds": list(sweep.seeds),
-            "plan": plan,
-            "study": {
-                "name": place.name,
-                "storage": None if place.url is None else without_password(place.url),
-                "grace": place.grace,
-                "batched": is_batched,
-            },
+    about = {
+        "name": folder.resolve().name,
+        "command": command,
+        "ran_in": os.getcwd(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "machine": machine(workers),
+        "versions": versions(),
+        "git": git_state(),
+        "base": plan["base"],
+        "axes": varied,
+        "seeds": list(sweep.seeds),
+        "plan": plan,
+        "study": {
+            "name": place.name,
+            "storage": None if place.url is None else without_password(place.url),
+            "grace": place.grace,
+            "batched": is_batched,
         },
-    )
+    }
+    write_json(folder / "config.json", sealed(about))
 
 
-def find(folder: Path, url: str | None) -> tuple[Sweep, Place, bool]:
-    """What a folder says about its sweep: the sweep, where its study is, and whether it runs in batches.
+@dataclass(frozen=True)
+class Begun:
+    """What a folder says about its sweep."""
 
-    Raises:
-        BadInput: it is not the folder of a sweep, or its database needs a password.
-    """
-    shown = ascii(str(folder))
+    sweep: Sweep
+    place: Place
+    is_batched: bool
+    command: str | None
+    ran_in: str | None
+
+
+def find(folder: Path, url: str | None) -> Begun:
+    """Raises BadInput where it is not the folder of a sweep, or was changed, or its database needs a password."""
+    name_of_it = shown(folder)
     try:
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        about = read_record(folder / "config.json")
         plan, study = about["plan"], about["study"]
         name, known, grace, is_batched = (study[key] for key in ("name", "storage", "grace", "batched"))
         if not (isinstance(plan, Mapping) and isinstance(name, str) and isinstance(grace, int)):
             raise TypeError
+    except Damaged as error:
+        raise BadInput(
+            f"{shown(folder / 'config.json')} {error}; put it right, or begin another sweep in a new folder. After a "
+            'change of your own, take out its line "check".'
+        ) from None
     except (OSError, ValueError, KeyError, TypeError):
-        raise BadInput(f"--resume must be the folder of a sweep, got {shown}.") from None
-    sweep = from_plan(plan)
+        raise BadInput(f"--resume must be the folder of a sweep, got {name_of_it}.") from None
+    begun = Begun(from_plan(plan), Place(name, folder), bool(is_batched), about.get("command"), about.get("ran_in"))
     if known is None:
         if url is not None:
-            raise BadInput(f"--storage must be left out: the sweep in {shown} has a journal.")
+            raise BadInput(f"--storage must be left out: the sweep in {name_of_it} has a journal.")
         if not (folder / "study.log").is_file():
-            raise BadInput(f"--resume must be the folder of a sweep, got {shown}, from which study.log is missing.")
-        return sweep, Place(name, folder), bool(is_batched)
+            raise BadInput(f"--resume must be the folder of a sweep, got {name_of_it}: study.log is missing.")
+        return begun
     if url is None and known.count(":***@"):
-        raise BadInput(f"--storage must be given again: the password of {known} is not stored in {shown}.")
-    return sweep, Place(name, url=url or known, grace=grace), bool(is_batched)
+        raise BadInput(f"--storage must be given again: the password of {known} is not stored in {name_of_it}.")
+    return replace(begun, place=Place(name, url=url or known, grace=grace))
+
+
+def check_complete(folder: Path, begun: Begun) -> None:
+    """That the study still has every run that runs.jsonl, a copy of it, shows as finished: none is run twice.
+
+    Raises:
+        BadInput: it has lost some, and nothing was changed.
+    """
+    copied = set(_finished_in(folder / "runs.jsonl"))
+    if not copied:
+        return
+    known: set[tuple[RunConfig, str]] = set()
+    if begun.place.url is not None or (folder / "study.log").stat().st_size:
+        study = Study(begun.place)
+        schedule, board = SweepSchedule(from_plan(study.plan)), study.board()
+        jobs = [schedule.job(board.first[key].user_attrs["what"]) for key in board.results]
+        known = {(job.config, job.scored_on) for job in jobs}
+    if lost := len(copied - known):
+        raise BadInput(
+            f"the study {begun.place} has lost {lost} of the {len(copied)} finished runs in runs.jsonl: put back a "
+            f"copy of it, or begin another sweep in a new folder with: {begun.command}."
+        )
+
+
+def _finished_in(path: Path) -> Iterator[tuple[RunConfig, str]]:
+    """Configuration and part of each line that is whole."""
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError, KeyError, TypeError, BadInput):
+            row = opened(line)
+            yield from_mapping({name: row[name] for name in FIELDS if name in row}), row["scored_on"]
 
 
 def conclude(folder: Path, place: Place) -> Row:
@@ -94,13 +138,13 @@ def conclude(folder: Path, place: Place) -> Row:
     (folder / ".locks").mkdir(exist_ok=True)
     with locked(folder / ".locks" / "results"):
         if (folder / "results.json").exists():
-            return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            return _results(folder / "results.json")
         with Study(place) as study:
             schedule = SweepSchedule(from_plan(study.plan))
             board = study.board()
         rows, summary = schedule.rows(board), schedule.summary(board)
-        write_text(folder / "runs.jsonl", "".join(_line(row) for row in rows))
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        write_text(folder / "runs.jsonl", "".join(json_line(sealed(row)) for row in rows))
+        config = read_record(folder / "config.json")
         names = {name for point in summary["points"] for name in point} - _MEASURED
         points = [{name: point[name] for name in point if name in names} for point in summary["points"]]
         results = {
@@ -110,23 +154,18 @@ def conclude(folder: Path, place: Place) -> Row:
             "costs": _costs(schedule.sweep, summary["best"]),
             **summary,
         }
-        write_json(folder / "results.json", results)
+        write_json(folder / "results.json", sealed(results))
         return results
 
 
+def _results(path: Path) -> Row:
+    try:
+        return read_record(path)
+    except ValueError as error:
+        raise BadInput(f"{shown(path)} {error}; remove it, and it is made again from the study") from None
+
+
 _MEASURED = {"validation_accuracy", "num_seeds", "diverged"}
-
-
-def _line(row: Row) -> str:
-    return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _costs(sweep: Sweep, best: Mapping[str, Row]) -> dict[str, float]:

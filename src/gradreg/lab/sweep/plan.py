@@ -263,7 +263,10 @@ def _tested(method: str, results: Sequence[Result], baseline: Sequence[float]) -
     }
     if method != "SGD":
         difference = stats.paired_difference(accuracies, baseline)
-        row |= {"difference": asdict(difference), "verdict": stats.verdict(difference)}
+        row |= {
+            "difference": asdict(difference),
+            "verdict": stats.verdict(difference, stats.one_row(r.num_scored for r in results)),
+        }
     return row
 
 

@@ -10,7 +10,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning
 
 from gradreg.lab.folder import BadInput
-from gradreg.lab.sweep.journal import Journal
+from gradreg.lab.sweep.journal import Journal, Spoiled
 
 DEFAULT_GRACE = 120
 
@@ -49,7 +49,20 @@ def open_storage(place: Place) -> optuna.storages.BaseStorage:
 def _journal(place: Place) -> optuna.storages.BaseStorage:
     assert place.folder is not None
     place.locks.mkdir(exist_ok=True)
-    return optuna.storages.JournalStorage(Journal(place.folder / "study.log", place.locks / "journal"))
+    return _JournalStorage(Journal(place.folder / "study.log", place.locks / "journal"))
+
+
+class _JournalStorage(optuna.storages.JournalStorage):
+    """Names the line that is no record of a study, in a journal whose lines have no checks."""
+
+    def _sync_with_backend(self) -> None:
+        try:
+            super()._sync_with_backend()
+        except Spoiled:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            assert isinstance(self._backend, Journal)
+            raise Spoiled(f"line {self._backend.num_read} is not a record of a study") from error
 
 
 def _database(place: Place) -> optuna.storages.BaseStorage:

@@ -13,6 +13,7 @@ is taken for dead.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -32,13 +33,16 @@ from optuna.trial import FrozenTrial, TrialState
 from gradreg.lab.folder import BadInput
 from gradreg.lab.runs import Result
 from gradreg.lab.sweep.board import DUPLICATE, INTERRUPTED, LOST, Board, Entry
-from gradreg.lab.sweep.journal import hold, locked
+from gradreg.lab.sweep.journal import Spoiled, hold, locked
 from gradreg.lab.sweep.storage import Place, open_storage, sqlite_file
 
 T = TypeVar("T")
 
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 """Seconds between attempts to reach a database that is locked or away, or a disk that is full."""
+
+LASTING = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR)
+"""Errors of a file system that no waiting ends."""
 
 OPENING_WAITS = (0.5, 2.0)
 """The same on opening, where a wrong address should soon be told; two that make the tables at once need one."""
@@ -64,9 +68,11 @@ class Study:
         self._seat: int | None = None
         try:
             self.patiently(lambda: self._open(plan is not None), OPENING_WAITS)
-            self._agree(plan)
         except KeyError:
+            if place.url is None:
+                raise BadInput(f"the study must be one of gradreg sweep; {place} holds none.") from None
             raise BadInput(f"--study must be the name of a sweep in the database, got {place.name!a}.") from None
+        self.patiently(lambda: self._agree(plan), OPENING_WAITS)
 
     def _open(self, create: bool) -> None:
         self._storage = open_storage(self.place)
@@ -108,12 +114,19 @@ class Study:
         with suppress(OSError, StorageInternalError):
             self.release(INTERRUPTED)
         if self._seat is not None:
-            self._seat_of(self.worker).unlink(missing_ok=True)
+            with suppress(OSError):
+                self._seat_of(self.worker).unlink(missing_ok=True)
             os.close(self._seat)
             self._seat = None
 
     def board(self) -> Board:
-        return self.patiently(lambda: Board(self._study.get_trials(deepcopy=False)))
+        return self.patiently(self._look)
+
+    def _look(self) -> Board:
+        try:
+            return Board(self._study.get_trials(deepcopy=False))
+        except (KeyError, TypeError) as error:
+            raise Spoiled("it holds a trial that is no run of a sweep") from error
 
     def claim(self, wanted: Callable[[Board], Sequence[Entry]], most: int, attempts: Callable[[str], int]) -> Board:
         """Enter what is wanted and not there, then take up to `most` runs that wait; returns what was seen before.
@@ -128,20 +141,20 @@ class Study:
             with self._exclusive():
                 self._take_a_seat()
                 self._fail_lost()
-                board = Board(self._study.get_trials(deepcopy=False))
+                board = self._look()
                 missing = [entry for entry in wanted(board) if entry.key not in board.current]
                 for entry in missing:
                     if board.attempts[entry.key] < attempts(entry.key):
                         attrs = {"key": entry.key, "what": dict(entry.what)}
                         self._study.add_trial(optuna.create_trial(state=TrialState.WAITING, user_attrs=attrs))
                 if missing:
-                    board = Board(self._study.get_trials(deepcopy=False))
+                    board = self._look()
                 for trial in board.waiting:
                     if len(self.held) >= most:
                         break
                     self._claim(trial, board)
                 if self.held:  # without a lock another may have finished one of them meanwhile
-                    board = Board(self._study.get_trials(deepcopy=False))
+                    board = self._look()
                     for key, trial in list(self.held.items()):
                         if board.current[key].number != trial.number:
                             self._fail(self.held.pop(key), DUPLICATE)
@@ -265,11 +278,14 @@ class Study:
             try:
                 return step()
             except (OSError, StorageInternalError, SQLAlchemyError) as error:
-                if wait is None:
+                if wait is None or getattr(error, "errno", None) in LASTING:
                     raise self._unusable(error) from error
                 time.sleep(wait)
-            except ValueError as error:  # a line of the journal that is no record
-                raise self._unusable(error) from error
+            except Spoiled as error:
+                raise BadInput(
+                    f"the study {self.place} cannot be used: {error}. Nothing was changed; put it right, or put back a "
+                    "copy, or begin another sweep in a new folder."
+                ) from error
         raise AssertionError
 
     def _unusable(self, error: BaseException) -> BadInput:

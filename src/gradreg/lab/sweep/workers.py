@@ -21,9 +21,11 @@ import torch
 from gradreg.lab.batched import is_stackable, is_worthwhile, most_slices
 from gradreg.lab.comparison import plan as comparison
 from gradreg.lab.comparison.schedule import ComparisonSchedule
+from gradreg.lab.data.places import standing_for
 from gradreg.lab.folder import BadInput, append_line
 from gradreg.lab.player import play, run_all, without_main
 from gradreg.lab.progress import progress_bar
+from gradreg.lab.records import sealed
 from gradreg.lab.runs import record
 from gradreg.lab.sweep.board import ERROR
 from gradreg.lab.sweep.plan import Sweep, from_plan
@@ -51,6 +53,8 @@ class Worker:
     """Workers on this machine, among whom a batch is shared out."""
     known: tuple[Source, ...] = ()
     """Tasks of the user's that its runs need."""
+    data: tuple[str | None, str | None] = (None, None)
+    """The path of the configuration's data, and the place that it stands for."""
 
 
 def can_batch(sweep: Sweep) -> bool:
@@ -113,8 +117,8 @@ def _play(study: Study, schedule: Schedule, worker: Worker) -> None:
             for k, result in results:
                 if study.finish(keys[k], result):
                     with suppress(OSError):  # the study has it, from which the lines are written at the end
-                        line = schedule.line(whats[keys[k]])
-                        append_line(worker.folder / "runs.jsonl", {**record(todo[k], result), **line})
+                        line = {**record(todo[k], result), **schedule.line(whats[keys[k]])}
+                        append_line(worker.folder / "runs.jsonl", sealed(line))
         except BadInput:
             raise  # this machine cannot run it, another may
         except Exception as error:  # what a run may meet: no memory left, a method that the model does not bear
@@ -174,7 +178,7 @@ def _process(worker: Worker, words: Connection) -> None:
     torch.set_num_threads(1)
     know(worker.known)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with _terminated_as_interrupted():
+    with _terminated_as_interrupted(), standing_for(*worker.data):
         try:
             work(worker)
         except KeyboardInterrupt:

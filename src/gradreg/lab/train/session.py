@@ -8,18 +8,19 @@
 In metrics.jsonl, `train_loss` and `grad_norm` are L and ‖∇L‖ over the first 5,000 training rows after the epoch, in
 evaluation mode and full precision; those of results.json are over all of them. `learning_rate` is that of the step to
 come, `penalty_ratio` is ‖ĝ − g1‖/‖g1‖ in the last step of the epoch, `seconds` are those of the epoch.
+
+config.json, results.json and each line of metrics.jsonl carry a `check`, see records.py.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ import torch
 from gradreg.lab import objective
 from gradreg.lab.about import git_state, machine, versions
 from gradreg.lab.config import FIELDS, RunConfig, from_mapping
-from gradreg.lab.folder import BadInput, append_line, new_folder, write_json, write_text
+from gradreg.lab.data import places
+from gradreg.lab.folder import BadInput, append_line, new_folder, shown, write_json, write_text
+from gradreg.lab.records import Damaged, opened, read_record, sealed
 from gradreg.lab.train import checkpoint
 from gradreg.lab.train.processes import Processes
 from gradreg.lab.train.randomness import seeded
@@ -76,7 +79,7 @@ def start(plan: Plan, out: Path | None, group: Processes, show: Show) -> Row | N
         trainer = Trainer(plan.config, processes=group, follows_penalty=True)
         group.check_agreement("the configuration", plan)
         if not group.is_first:
-            return _Run(plan, Path(), trainer).train(show)
+            return _Run(plan, Path(), trainer, {}).train(show)
         folder = new_folder(out, "train")
         with _telling_what_is_kept(folder):
             about = {
@@ -87,11 +90,12 @@ def start(plan: Plan, out: Path | None, group: Processes, show: Show) -> Row | N
                 "git": git_state(),
                 **{key: value for key, value in asdict(plan).items() if key != "config"},
                 "threads": torch.get_num_threads(),
+                "ran_in": os.getcwd(),
                 "config": asdict(plan.config),
             }
-            write_json(folder / "config.json", about)
+            write_json(folder / "config.json", sealed(about))
             with _held(folder, group):
-                return _Run(plan, folder, trainer).train(show)
+                return _Run(plan, folder, trainer, about).train(show)
 
 
 def resume(
@@ -99,49 +103,77 @@ def resume(
 ) -> Row | None:
     """Go on from the last good checkpoint; `given` are fields that the user named again, which must be the same.
 
+    `path` may be another: the data was moved.
+
     Raises:
         BadInput: no such run, one that has ended or is running, other values than its own, no good checkpoint.
     """
-    plan = read_plan(folder)
+    plan, about = read(folder)
     for name, value in given.items():
         own = getattr(plan.config, name)
-        if value != own:
+        if value != own and (name != "path" or own is None):
             raise BadInput(f"{name} must stay {str(own)!a} with --resume, as the run began, got {str(value)!a}.")
     if (folder / "results.json").exists():
-        raise BadInput(f"--resume must be the folder of a run that has not ended, got {_shown(folder)}.")
+        raise BadInput(f"--resume must be the folder of a run that has not ended, got {shown(folder)}.")
+    place_of_data = places.found(plan.config, about.get("ran_in"), given.get("path"))
     if plan.tensorboard:
         _summary_writer()
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
-    with seeded(plan.config.seed), _held(folder, group), _telling_what_is_kept(folder):
+    with (
+        seeded(plan.config.seed),
+        _held(folder, group),
+        _telling_what_is_kept(folder),
+        places.standing_for(plan.config.path, place_of_data),
+    ):
         trainer = Trainer(plan.config, processes=group, follows_penalty=True)
         if not checkpoint.all_in(folder / "checkpoints"):
             raise BadInput(
-                f"--resume: nothing was saved in {_shown(folder)} before the run ended; start it again in a new folder "
+                f"--resume: nothing was saved in {shown(folder)} before the run ended; start it again in a new folder "
                 f"with: {command(plan)}."
             )
         place = checkpoint.last_good(folder / "checkpoints", say)
         group.check_agreement("the checkpoint", place.name)
-        run = _Run(plan, folder, trainer)
+        run = _Run(plan, folder, trainer, about)
         run.load(checkpoint.read(place))
         return run.train(show)
 
 
 def read_plan(folder: Path) -> Plan:
-    """What a run was started with, from its config.json.
+    """What a run was started with. Raises as `read`."""
+    return read(folder)[0]
+
+
+def read(folder: Path) -> tuple[Plan, Row]:
+    """What a run was started with, and all that its config.json says.
 
     Raises:
-        BadInput: `folder` is not that of a run of `gradreg train`.
+        BadInput: `folder` is not that of a run of `gradreg train`, or config.json is not what was written.
     """
     what = "--resume must be the folder of a run of gradreg train"
     try:
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = from_mapping(about["config"], _shown(folder / "config.json"))
-        return Plan(config, about["checkpoint_every"], about["keep"], about["tensorboard"], about["threads"])
+        about = read_record(folder / "config.json")
+        return _plan(about, folder), about
     except OSError as error:
-        raise BadInput(f"{what}, got {_shown(folder)}: no config.json ({error.strerror}).") from error
+        raise BadInput(f"{what}, got {shown(folder)}: no config.json ({error.strerror}).") from error
+    except Damaged as error:
+        raise BadInput(f"{shown(folder / 'config.json')} {error}; {_way_out(error.record, folder)}.") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{what}, got {_shown(folder)}, whose config.json is not of that kind.") from error
+        raise BadInput(f"{what}, got {shown(folder)}, whose config.json is not of that kind.") from error
+
+
+def _plan(about: Row, folder: Path) -> Plan:
+    config = from_mapping(about["config"], shown(folder / "config.json"))
+    return Plan(config, about["checkpoint_every"], about["keep"], about["tensorboard"], about["threads"])
+
+
+def _way_out(about: Row, folder: Path) -> str:
+    """Of a changed config.json; the command in it is told where it agrees with the configuration beside it."""
+    by_hand = 'put it right, or, after a change of your own, take out its line "check"'
+    with suppress(BadInput, ValueError, KeyError, TypeError):
+        if command(_plan(about, folder)) == about["command"]:
+            return f"{by_hand}, or start again in a new folder with: {about['command']}"
+    return f"{by_hand}, or start the run again in a new folder"
 
 
 def command(plan: Plan) -> str:
@@ -162,10 +194,11 @@ def command(plan: Plan) -> str:
 class _Run:
     """A run under way, in one of its processes. Only the first writes."""
 
-    def __init__(self, plan: Plan, folder: Path, trainer: Trainer) -> None:
+    def __init__(self, plan: Plan, folder: Path, trainer: Trainer, about: Row) -> None:
         self.plan = plan
         self.folder = folder
         self.trainer = trainer
+        self.about = about
         self.group = trainer.processes
         self.seconds = 0.0  # of the whole run, up to the last clock()
         self.epoch_seconds = 0.0
@@ -197,7 +230,7 @@ class _Run:
         if self.group.is_first:
             line = self._measured()
             self.is_diverged = not math.isfinite(line["train_loss"])
-            append_line(self.folder / "metrics.jsonl", line)
+            append_line(self.folder / "metrics.jsonl", sealed(line))
             log(line)
         self.is_diverged = self.group.any(self.is_diverged)
         self.epoch_seconds = 0.0
@@ -252,16 +285,20 @@ class _Run:
     def _keep_metrics(self, epochs: int) -> None:
         """The lines of so many epochs; later ones will be made again."""
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        kept = lines[:epochs]
-        try:
-            whole = [json.loads(line)["epoch"] for line in kept] == list(range(1, epochs + 1))
-        except (ValueError, KeyError, TypeError):
-            whole = False
-        if not whole:
-            raise BadInput(f"{_shown(path)} must hold a line for each of the {epochs} epochs of the checkpoint.")
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept, found = lines[:epochs], []
+        for number, line in enumerate(kept, 1):
+            try:
+                found.append(opened(line).get("epoch"))
+            except ValueError as error:
+                raise BadInput(
+                    f"line {number} of {shown(path)} {error}; put it right, or start again in a new folder with: "
+                    f"{command(self.plan)}."
+                ) from error
+        if found != list(range(1, epochs + 1)):
+            raise BadInput(f"{shown(path)} must hold a line for each of the {epochs} epochs of the checkpoint.")
         if lines != kept:
-            write_text(path, "".join(kept))
+            write_text(path, b"".join(kept).decode("utf-8"))
 
     def _leave(self, stop: StopRequest) -> None:
         target = self._save()
@@ -279,11 +316,11 @@ class _Run:
             objective.evaluate(trainer.model, p, of=task.objective) for p in (task.validation, task.test)
         )
         self._tick()
-        about = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         results = {
-            **about,
+            **self.about,
             "epochs": trainer.place.epoch,
             "steps": trainer.step,
+            **({} if trainer.flooded is None else {"flooded_steps": trainer.flooded.steps}),
             "diverged": self.is_diverged or not math.isfinite(loss),
             "train_loss": loss,
             "grad_norm": norm,
@@ -292,9 +329,10 @@ class _Run:
             "test_loss": test.loss,
             f"test_{task.metric.key}": test.score,
             "metric": task.metric.as_row(),
+            "num_scored": test.count,
             "seconds": round(self.seconds, 1),
         }
-        write_json(self.folder / "results.json", results)
+        write_json(self.folder / "results.json", sealed(results))
         return {**results, "folder": str(self.folder)}
 
     @contextmanager
@@ -333,7 +371,7 @@ def _telling_what_is_kept(folder: Path) -> Iterator[None]:
         way_out = f"{', '.join(kept)} kept; go on with: {_command_to_resume(folder)}" if kept else "nothing was kept"
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(way_out) from None
-        raise CannotWrite(f"cannot write to {_shown(folder)}: {error.strerror or error}; {way_out}") from error
+        raise CannotWrite(f"cannot write to {shown(folder)}: {error.strerror or error}; {way_out}") from error
 
 
 def _command_to_resume(folder: Path) -> str:
@@ -354,7 +392,7 @@ def _held(folder: Path, group: Processes) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise BadInput(
-                    f"--resume must be the folder of a run that is not running, got {_shown(folder)}."
+                    f"--resume must be the folder of a run that is not running, got {shown(folder)}."
                 ) from error
         yield
 
@@ -363,7 +401,3 @@ def _synchronize(path: Path) -> None:
     if path.exists():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-
-
-def _shown(path: Path) -> str:
-    return ascii(str(path))

@@ -73,7 +73,7 @@ class Trainer:
         self._forward = self._wrapped(self.model)
         self.optimizer = make_optimizer(config, self.model, self.task)
         attached = attach(self._forward, self.num_steps, config, self.optimizer)
-        self._backward, self.regularizer = attached.backward, attached.regularizer
+        self._backward, self.regularizer, self.flooded = attached.backward, attached.regularizer, attached.flooded
         self._cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.num_steps)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self._batch_order = torch.Generator().manual_seed(config.seed)
@@ -178,6 +178,7 @@ class Trainer:
             "schedule": self._cosine.state_dict(),
             "scaler": self._scaler.state_dict(),
             "regularizer": None if regularizer is None else regularizer.state_dict(),
+            "flooded_steps": None if self.flooded is None else self.flooded.steps,
             "penalty_ratio": self.penalty_ratio,
             "batch_order": self._epoch_start,
             "augmentation": self._augmentation.get_state(),
@@ -204,6 +205,8 @@ class Trainer:
             self._scaler.load_state_dict(state["scaler"])
         if self.regularizer is not None:
             self.regularizer.load_state_dict(state["regularizer"])
+        if self.flooded is not None:
+            self.flooded.steps = state.get("flooded_steps") or 0  # checkpoints of earlier versions have no count
         self.penalty_ratio = state["penalty_ratio"]
         self._epoch_start = state["batch_order"]
         self._augmentation.set_state(state["augmentation"])

@@ -140,7 +140,8 @@ def _summary(method: str, runs: Sequence[Row], baseline: Sequence[float], cost: 
     }
     if method != "SGD":
         difference = stats.paired_difference(accuracies, baseline)
-        row |= {"difference": asdict(difference), "verdict": stats.verdict(difference)}
+        margin = stats.one_row(r.get("num_scored") for r in runs)
+        row |= {"difference": asdict(difference), "verdict": stats.verdict(difference, margin)}
     return row
 
 

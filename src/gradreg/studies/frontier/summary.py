@@ -38,13 +38,14 @@ def task_row(
     accuracies = {mode: _percent(rows) for mode, rows in runs.items()}
     plain, full = accuracies[PLAIN.name], accuracies[FULL.name]
     gained = gain(full, plain, CHANCE)
+    verdict = stats.verdict(gained, _one_row(runs[FULL.name]))
     return {
         "name": name,
         "about": about,
         "gain": asdict(gained),
-        "verdict": stats.verdict(gained),
+        "verdict": verdict,
         "modes": [
-            _mode_row(mode, rows, accuracies, costs, chosen[mode], can_retain=stats.verdict(gained) == stats.BETTER)
+            _mode_row(mode, rows, accuracies, costs, chosen[mode], can_retain=verdict == stats.BETTER)
             for mode, rows in runs.items()
         ],
     }
@@ -75,12 +76,16 @@ def _mode_row(
     }
     if name != PLAIN.name:
         difference = gain(own, plain, CHANCE)
-        found |= {"difference": asdict(difference), "verdict": stats.verdict(difference)}
+        found |= {"difference": asdict(difference), "verdict": stats.verdict(difference, _one_row(runs))}
     return found
 
 
 def _percent(runs: Sequence[Row]) -> list[float]:
     return [math.nan if row["diverged"] else 100 * row["accuracy"] for row in runs]
+
+
+def _one_row(runs: Sequence[Row]) -> float:
+    return 100 * stats.one_row(row.get("num_scored") for row in runs)
 
 
 def _times(ratio: Ratio, factor: float) -> Ratio:
