@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from gradreg.lab.config import FIELDS, checked
+from gradreg.lab.config import FIELDS, SHORT, checked
 from gradreg.lab.folder import BadInput
 
 
@@ -46,11 +46,12 @@ def _option(spec: Field[Any]) -> Any:
         try:
             return checked(spec, tokens[0].value)
         except BadInput as error:
-            raise BadInput(str(error).replace(spec.name, flag(spec.name), 1)) from None
+            raise BadInput(str(error).replace(spec.name, tokens[0].keyword, 1)) from None
 
     allowed = f" One of {', '.join(about['choices'])}." if "choices" in about else ""
     default = "" if spec.default is None else f" [{spec.default}]"
     meaning = f"{about['about']}{allowed}{default}"
-    parameter = Parameter(name=flag(spec.name), converter=convert, help=meaning, allow_leading_hyphen=True)
+    names = [flag(name) for name in (spec.name, SHORT.get(spec.name)) if name is not None]
+    parameter = Parameter(name=names, converter=convert, help=meaning, allow_leading_hyphen=True)
     kind = about.get("type", str)  # of what `convert` returns: with pydantic installed, cyclopts checks it
     return Annotated[kind | None, parameter]

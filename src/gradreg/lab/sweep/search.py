@@ -16,6 +16,7 @@ from typing import Any
 
 from gradreg.lab.config import checked
 from gradreg.lab.folder import BadInput
+from gradreg.lab.names import suggestion
 
 NUM_RANDOM = 10
 """Points before the estimator has something to go by (Optuna's default)."""
@@ -37,7 +38,8 @@ def range_from(spec: Field[Any], content: Mapping[Any, Any]) -> Range:
         raise BadInput(f"{name} must be a value or a list of values; it has no range.")
     unknown = [key for key in content if key not in ("low", "high", "scale")]
     if unknown:
-        raise BadInput(f"{name} has the unknown key {str(unknown[0])!a}; a range has low, high and scale.")
+        hint = suggestion(unknown[0], ("low", "high", "scale"))
+        raise BadInput(f"{name} has the unknown key {str(unknown[0])!a}; a range has low, high and scale.{hint}")
     if content.get("low") is None or content.get("high") is None:
         raise BadInput(f"{name} must have low and high as a range.")
     low, high = (checked(spec, content[end]) for end in ("low", "high"))
