@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +46,6 @@ def train(
             _refuse_beside_resume(out=out, checkpoint_every=checkpoint_every, keep=keep, tensorboard=tensorboard)
             fields = None
 
-    from gradreg.lab.progress import progress_bar
     from gradreg.lab.train.processes import leave, processes
     from gradreg.lab.train.session import CannotWrite, Plan, Stopped, read_plan, start
     from gradreg.lab.train.session import resume as go_on
@@ -58,7 +57,7 @@ def train(
                 plan = read_plan(resume)
             else:
                 plan = Plan(fields, checkpoint_every or 1, keep or 3, tensorboard)
-            with processes(plan.config.device) as group, progress_bar() as show:
+            with processes(plan.config.device) as group, _progress() as show:
                 if resume is None:
                     results = start(plan, out, group, show)
                 else:
@@ -110,13 +109,22 @@ def _refusal_from_one() -> Iterator[None]:
         leave(2)
 
 
+def _progress() -> AbstractContextManager[Any]:
+    """Of several processes the first one's."""
+    from gradreg.lab.progress import progress_bar
+
+    return progress_bar() if _is_first() else nullcontext(lambda what, done, planned: None)
+
+
 def _say(line: str) -> None:
     print(f"gradreg: {line}", file=sys.stderr)
 
 
 def _print_summary(config: RunConfig, results: dict[str, Any]) -> None:
+    from gradreg.lab.tables import console, say
+
     settings = "".join(f", {name} {value:g}" for name, value in config.settings.items())
-    print(f"{config.task}: {config.method}{settings}, {config.optimizer}, seed {config.seed}")
+    say(console(), f"{config.task}: {config.method}{settings}, {config.optimizer}, seed {config.seed}")
     end = "diverged" if results["diverged"] else "ended"
     print(f"{end} after {results['epochs']} epochs, {results['steps']} steps, {results['seconds']:g} s")
     print(

@@ -170,6 +170,7 @@ class _Run:
         self.seconds = 0.0  # of the whole run, up to the last clock()
         self.epoch_seconds = 0.0
         self.is_diverged = False
+        self._best = 0.0
         self._clock = time.perf_counter()
         self._saved = False
 
@@ -181,7 +182,9 @@ class _Run:
 
             def should_stop() -> bool:
                 planned = self.trainer.num_steps - first_step
-                show(f"epoch {min(self.trainer.place.epoch + 1, epochs)}", self.trainer.step - first_step, planned)
+                epoch = min(self.trainer.place.epoch + 1, epochs)
+                best = f", best on validation rows {self._best:.2%}" if self._best else ""
+                show(f"epoch {epoch} of {epochs}{best}", self.trainer.step - first_step, planned)
                 return self.group.any(stop.signal is not None)
 
             while self.trainer.place.epoch < epochs and not self.is_diverged:
@@ -199,6 +202,7 @@ class _Run:
             self.is_diverged = not math.isfinite(line["train_loss"])
             append_line(self.folder / "metrics.jsonl", line)
             log(line)
+            self._best = max(self._best, line["validation_accuracy"])
         self.is_diverged = self.group.any(self.is_diverged)
         self.epoch_seconds = 0.0
         epoch = self.trainer.place.epoch
