@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from printed import tables_fit
 
 from gradreg.cli import main
 from gradreg.lab import stats
@@ -269,7 +270,8 @@ def test_the_folder_holds_every_run_once_and_the_results(done):
 
 
 def test_the_table_names_every_method_and_the_report(done, capsys):
-    assert main(["sweep", "--resume", str(done)]) == 0
+    with tables_fit():
+        assert main(["sweep", "--resume", str(done)]) == 0
     said = capsys.readouterr()
     assert all(word in said.out for word in ("SGD", "F-GR", "γ", f"gradreg report {done}", "12 runs"))
     assert said.err == ""

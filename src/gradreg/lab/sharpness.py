@@ -26,6 +26,7 @@ from gradreg.lab.data.parts import Part
 from gradreg.lab.folder import BadInput, new_folder, write_json
 from gradreg.lab.models import build
 from gradreg.lab.progress import progress_bar
+from gradreg.lab.tables import console, say
 from gradreg.lab.train import checkpoint
 from gradreg.lab.train.processes import resolve
 from gradreg.lab.train.session import read_plan
@@ -192,10 +193,11 @@ def print_summary(trained: Trained, results: Row) -> None:
     """What was measured, with errors and seconds."""
     config, seconds = trained.config, results["seconds"]
     settings = "".join(f", {name} {value:g}" for name, value in config.settings.items())
-    print(f"{_relative(trained.place)}: {config.task}; {config.method}{settings}, seed {config.seed}")
-    print(
+    say(
+        console(),
+        f"{_relative(trained.place)}: {config.task}; {config.method}{settings}, seed {config.seed}",
         f"{results['rows']} {results['part']} rows, {results['parameters']:,} parameters, evaluation mode, "
-        f"{results['device']}; {results['machine']}"
+        f"{results['device']}; {results['machine']}",
     )
     print(f"\nL            {results['loss']:.6g}   accuracy {results['accuracy']:.2%}")
     print(f"‖∇L‖         {results['grad_norm']:.6g}   {seconds['gradient']:.1f} s")
@@ -205,7 +207,7 @@ def print_summary(trained: Trained, results: Row) -> None:
         print(f"tr H         {trace['mean']:.5g} {error}   {seconds['trace']:.1f} s")
     if top:
         print(
-            f"λ of H       largest by magnitude, each within ‖Hu − λu‖ of an eigenvalue; {top['num_products']} products"
+            f"λ of H       largest by magnitude, each ± ‖Hu − λu‖; {top['num_products']} products"
             f"   {seconds['eigenvalues']:.1f} s"
         )
         for k, (value, residual) in enumerate(zip(top["values"], top["residuals"]), start=1):

@@ -11,8 +11,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.table import Table
-
 from gradreg.lab.about import git_state, machine, versions
 from gradreg.lab.cost.steps import clock_for, make_step, paired_seconds
 from gradreg.lab.data import load
@@ -23,12 +21,11 @@ from gradreg.lab.sweep.schedule import Schedule
 from gradreg.lab.sweep.search import Range
 from gradreg.lab.sweep.storage import Place, without_password
 from gradreg.lab.sweep.study import Study
-from gradreg.lab.tables import console, say
+from gradreg.lab.tables import console, say, table_of
 from gradreg.lab.train.processes import resolve
-from gradreg.lab.words import accuracy, difference, diverged, settings
+from gradreg.lab.words import accuracy, difference, settings, shown
 
 COST_ROUNDS = 30
-_WIDTH_IN_A_PIPE = 120
 
 
 def begin(folder: Path, sweep: Sweep, place: Place, command: str, workers: int, is_batched: bool) -> None:
@@ -140,33 +137,22 @@ def _costs(sweep: Sweep, best: Mapping[str, Row]) -> dict[str, float]:
 
 def print_table(results: Row, folder: Path) -> None:
     """The best point of each method, and where to read on."""
-    out = console(_WIDTH_IN_A_PIPE)
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("method", no_wrap=True)
-    table.add_column("best settings", min_width=12)
-    for heading in ("validation, %", "test, %", "minus SGD, points"):
-        table.add_column(heading, justify="right")
-    table.add_column("verdict")
-    table.add_column("cost", justify="right", no_wrap=True)
+    out = console()
+    chosen = table_of(None, ["method", "validation, %", "best settings"], words=["best settings"])
+    table = table_of(None, ["method", "test, %", "minus SGD, points", "difference", "cost"], words=["difference"])
     for method, point in results["best"].items():
         tested = results["test"][method]
-        table.add_row(
-            method,
-            _settings(point),
-            f"{100 * point['validation_accuracy']['mean']:.1f}",
-            accuracy(tested),
-            difference(tested),
-            tested.get("verdict", "") + diverged(tested),
-            f"{results['costs'][method]:.2f}×",
-        )
-    out.print(table)
+        chosen.add_row(method, f"{100 * point['validation_accuracy']['mean']:.1f}", _settings(point))
+        table.add_row(method, accuracy(tested), difference(tested), shown(tested), f"{results['costs'][method]:.2f}×")
+    for part in (chosen, "", table, ""):
+        out.print(part)
     runs = (len(results["points"]) + len(results["best"])) * len(results["seeds"])
     say(
         out,
         f"{len(results['points'])} points, {len(results['seeds'])} seeds, {runs} runs, {results['seconds']:.0f} s of "
         "training. The best point of each method was chosen on validation rows; test rows were read once.",
-        f"Page: gradreg report {folder}",
     )
+    print(f"Page: gradreg report {folder}")
 
 
 def _settings(point: Row) -> str:
