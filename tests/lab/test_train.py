@@ -87,7 +87,7 @@ def test_a_run_writes_its_configuration_a_line_for_each_epoch_and_its_results(wh
     assert RunConfig(**about["config"]) == CONFIG
     assert about["command"] == " ".join(["gradreg", *words()])
     described = {"command", "date", "machine", "versions", "git"}
-    assert set(about) == described | {"checkpoint_every", "keep", "tensorboard", "threads", "config"}
+    assert set(about) == described | {"checkpoint_every", "keep", "log", "threads", "config"}
     lines = rows(whole)
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 5), (2, 10), (3, 15), (4, 20)]
     assert lines[-1]["learning_rate"] == 0 < lines[0]["learning_rate"] < CONFIG.learning_rate

@@ -17,6 +17,8 @@ from gradreg.lab.commands.config_options import with_fields
 from gradreg.lab.commands.options import Out, app, switch, whole
 from gradreg.lab.config import FIELDS, RunConfig, by_field, checked, from_mapping
 from gradreg.lab.folder import BadInput
+from gradreg.lab.names import one_of
+from gradreg.lab.trackers import TRACKERS
 
 
 @app.command
@@ -30,7 +32,11 @@ def train(
     ] = None,
     checkpoint_every: Annotated[int | None, whole("--checkpoint-every", 1, 10**6, "Epochs; by default 1")] = None,
     keep: Annotated[int | None, whole("--keep", 1, 10**6, "Checkpoints that are kept; by default 3")] = None,
-    tensorboard: Annotated[bool, switch("--tensorboard", "Also write the metrics for TensorBoard.")] = False,
+    log: Annotated[
+        list[str] | None,
+        Parameter(name="--log", negative="", help=f"Where the metrics go too: {', '.join(TRACKERS)}; may be repeated."),
+    ] = None,
+    tensorboard: Annotated[bool, switch("--tensorboard", "The same as --log tensorboard.")] = False,
     **given: Any,
 ) -> None:
     """Train one model, with checkpoints; for several processes start it with torchrun.
@@ -40,10 +46,12 @@ def train(
     """
     with _refusal_from_one():  # before torch is imported, which takes seconds
         given = {**(_read_yaml(config) if config else {}), **given}
+        asked = [*(log or ()), *(["tensorboard"] if tensorboard else [])]
+        names = tuple(dict.fromkeys(one_of("--log", name, list(TRACKERS)) for name in asked))
         if resume is None:
             fields = from_mapping(given)
         else:
-            _refuse_beside_resume(out=out, checkpoint_every=checkpoint_every, keep=keep, tensorboard=tensorboard)
+            _refuse_beside_resume(out=out, checkpoint_every=checkpoint_every, keep=keep, log=names)
             fields = None
 
     from gradreg.lab.train.processes import leave, processes
@@ -56,7 +64,7 @@ def train(
                 assert resume is not None
                 plan = read_plan(resume)
             else:
-                plan = Plan(fields, checkpoint_every or 1, keep or 3, tensorboard)
+                plan = Plan(fields, checkpoint_every or 1, keep or 3, names)
             with processes(plan.config.device) as group, _progress() as show:
                 if resume is None:
                     results = start(plan, out, group, show)

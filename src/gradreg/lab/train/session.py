@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,10 +27,11 @@ from typing import Any
 
 import torch
 
-from gradreg.lab import objective
+from gradreg.lab import objective, trackers
 from gradreg.lab.about import git_state, machine, versions
 from gradreg.lab.config import FIELDS, RunConfig, from_mapping
 from gradreg.lab.folder import BadInput, append_line, new_folder, write_json, write_text
+from gradreg.lab.names import one_of
 from gradreg.lab.train import checkpoint
 from gradreg.lab.train.processes import Processes
 from gradreg.lab.train.randomness import seeded
@@ -37,6 +39,8 @@ from gradreg.lab.train.stopping import StopRequest, stop_requests
 from gradreg.lab.train.trainer import Trainer
 
 MEASURED_ROWS = 5000
+MEASURED_LAST = ("test_loss", "test_accuracy")
+"""What trackers get when the run has ended, besides the rows."""
 
 Row = dict[str, Any]
 Show = Callable[[str, int, int], None]
@@ -63,15 +67,15 @@ class Plan:
     """Epochs."""
     keep: int = 3
     """Checkpoints."""
-    tensorboard: bool = False
+    log: tuple[str, ...] = ()
+    """The trackers that get the metrics too."""
     threads: int | None = None
     """Of a run that is under way; sums over another number of threads are rounded differently."""
 
 
 def start(plan: Plan, out: Path | None, group: Processes, show: Show) -> Row | None:
     """Train into a new folder; what results.json holds, in the first process."""
-    if plan.tensorboard:
-        _summary_writer()
+    trackers.check(plan.log)
     with seeded(plan.config.seed):
         trainer = Trainer(plan.config, processes=group, follows_penalty=True)
         group.check_agreement("the configuration", plan)
@@ -90,8 +94,12 @@ def start(plan: Plan, out: Path | None, group: Processes, show: Show) -> Row | N
                 "config": asdict(plan.config),
             }
             write_json(folder / "config.json", about)
-            with _held(folder, group):
-                return _Run(plan, folder, trainer).train(show)
+            try:
+                with _held(folder, group):
+                    return _Run(plan, folder, trainer).train(show)
+            except trackers.NotReady:
+                shutil.rmtree(folder, ignore_errors=True)  # nothing was in it before, and nothing was trained
+                raise
 
 
 def resume(
@@ -109,8 +117,7 @@ def resume(
             raise BadInput(f"{name} must stay {str(own)!a} with --resume, as the run began, got {str(value)!a}.")
     if (folder / "results.json").exists():
         raise BadInput(f"--resume must be the folder of a run that has not ended, got {_shown(folder)}.")
-    if plan.tensorboard:
-        _summary_writer()
+    trackers.check(plan.log)
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
     with seeded(plan.config.seed), _held(folder, group), _telling_what_is_kept(folder):
@@ -137,7 +144,9 @@ def read_plan(folder: Path) -> Plan:
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = from_mapping(about["config"], _shown(folder / "config.json"))
-        return Plan(config, about["checkpoint_every"], about["keep"], about["tensorboard"], about["threads"])
+        log = about.get("log", ["tensorboard"] if about.get("tensorboard") else [])  # an older run's
+        names = tuple(one_of("log", name, list(trackers.TRACKERS)) for name in log)
+        return Plan(config, about["checkpoint_every"], about["keep"], names, about["threads"])
     except OSError as error:
         raise BadInput(f"{what}, got {_shown(folder)}: no config.json ({error.strerror}).") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -156,7 +165,9 @@ def command(plan: Plan) -> str:
     for name in ("checkpoint_every", "keep"):
         if getattr(plan, name) != getattr(default, name):
             words += ["--" + name.replace("_", "-"), str(getattr(plan, name))]
-    return shlex.join(words + (["--tensorboard"] if plan.tensorboard else []))
+    for name in plan.log:
+        words += ["--log", name]
+    return shlex.join(words)
 
 
 class _Run:
@@ -178,7 +189,10 @@ class _Run:
         first_step, epochs = self.trainer.step, self.plan.config.epochs
         with ExitStack() as stack:
             stop = stack.enter_context(stop_requests(once=self.group.size == 1))
-            log = stack.enter_context(self._tensorboard())
+            names = self.plan.log if self.group.is_first else ()
+            tracking = trackers.tracking(names, self.folder, asdict(self.plan.config), first_step)
+            log = stack.enter_context(tracking)
+            self._clock = time.perf_counter()
 
             def should_stop() -> bool:
                 planned = self.trainer.num_steps - first_step
@@ -193,15 +207,17 @@ class _Run:
                 if self.group.any(stop.signal is not None) and self.trainer.place.epoch < epochs:
                     self._leave(stop)
             found = self._results() if self.group.is_first else None
+            log.results = {key: found[key] for key in MEASURED_LAST} if found else None
             self.group.wait()
             return found
 
-    def _end_epoch(self, log: Callable[[Row], None]) -> None:
+    def _end_epoch(self, log: trackers.Tracking) -> None:
         if self.group.is_first:
             line = self._measured()
             self.is_diverged = not math.isfinite(line["train_loss"])
             append_line(self.folder / "metrics.jsonl", line)
-            log(line)
+            log.log(line, line["step"])
+            self._clock = time.perf_counter()  # what trackers take is not the run's
             self._best = max(self._best, line["validation_accuracy"])
         self.is_diverged = self.group.any(self.is_diverged)
         self.epoch_seconds = 0.0
@@ -296,31 +312,6 @@ class _Run:
         }
         write_json(self.folder / "results.json", results)
         return {**results, "folder": str(self.folder)}
-
-    @contextmanager
-    def _tensorboard(self) -> Iterator[Callable[[Row], None]]:
-        if not (self.plan.tensorboard and self.group.is_first):
-            yield lambda line: None
-            return
-        writer = _summary_writer()(str(self.folder / "tensorboard"), purge_step=self.trainer.step + 1)
-
-        def log(line: Row) -> None:
-            for name, value in line.items():
-                writer.add_scalar(name, value, line["step"])
-            writer.flush()
-
-        try:
-            yield log
-        finally:
-            writer.close()
-
-
-def _summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise BadInput("--tensorboard needs the package tensorboard: pip install 'gradreg[tensorboard]'") from error
-    return SummaryWriter
 
 
 @contextmanager
