@@ -4,9 +4,11 @@ import subprocess
 import sys
 
 import pytest
+from lab_folders import train_folder
 
 import gradreg
 from gradreg import cli
+from gradreg.lab.config import RunConfig
 from gradreg.studies.demo import run as demo
 
 WHOLE = "must be a whole number from"
@@ -29,6 +31,10 @@ REFUSED = [
     ("tune --seeds 99", f"--seeds {WHOLE} 2 to 20, got '99'"),
     ("tune --out full", "--out must be a new or empty folder, got 'full'"),
     ("nonsense", 'Unknown command "nonsense"'),
+    ("trian", 'Unknown command "trian". Did you mean "train"?'),
+    ("help trian", 'Unknown command "trian". Did you mean "train"?'),
+    ("cost --models mlp,resnet", "got 'resnet'. Did you mean resnet18?"),
+    ("sharpness full --part tests", "--part must be one of train, validation, test, got 'tests'. Did you mean test?"),
 ]
 
 
@@ -58,6 +64,41 @@ def test_version(capsys):
 def test_help(command, capsys):
     assert cli.main([*command.split(), "--help"]) == 0
     assert f"Usage: gradreg {command}".strip() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["", "train", "sweep"])
+def test_help_is_a_word_too(command, capsys):
+    printed = []
+    for line in (f"{command} --help", f"help {command}"):
+        assert cli.main(line.split()) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
+WITHOUT_TORCH = {
+    "--help": 0,
+    "help": 0,
+    "--version": 0,
+    **{f"{command} --help": 0 for command in ("train", "sweep", "report", "cost", "sharpness", "demo", "claims")},
+    "trian": 2,
+    "train --gama 1": 2,
+    "train --gamma 1": 2,
+    "train --method fgrr": 2,
+    "train --config full/file": 2,
+    "report full": 2,
+    "report run": 0,
+}
+
+
+def test_who_asks_mistypes_or_reads_does_not_wait_for_torch(tmp_path):
+    train_folder(tmp_path / "run", RunConfig(epochs=2))
+    code = (
+        "import sys; from gradreg.cli import main\n"
+        f"for line, status in {WITHOUT_TORCH!r}.items():\n"
+        "    assert (main(line.split()), 'torch' in sys.modules) == (status, False), line"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,9 @@ def _run(tokens: Sequence[str] | None) -> int:
     from gradreg.lab.commands import app
     from gradreg.lab.folder import BadInput
 
+    tokens = list(sys.argv[1:] if tokens is None else tokens)
+    if tokens[:1] == ["help"]:
+        tokens = [*(token for token in tokens if token != "help"), "--help"]
     try:
         app(tokens, exit_on_error=False, print_error=False, result_action="return_none")
     except BadInput as error:

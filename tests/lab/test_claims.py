@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from printed import tables_fit
 
 from gradreg.cli import main
 from gradreg.lab.config import RunConfig
@@ -201,7 +202,8 @@ def run_command(*arguments):
 def test_the_command_measures_every_claim_and_writes_its_page(tiny, tmp_path, capsys):
     page = tmp_path / "docs" / "claims.md"
     page.parent.mkdir()
-    assert run_command("--out", str(tmp_path / "out"), "--write", str(page)) == 0
+    with tables_fit():
+        assert run_command("--out", str(tmp_path / "out"), "--write", str(page)) == 0
     folder = tmp_path / "out"
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (folder / "claims.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -1,16 +1,19 @@
 import json
 import math
+from copy import deepcopy
 from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from printed import tables_fit
 
+from gradreg.lab import stats
 from gradreg.lab.cost.steps import step_costs
 from gradreg.lab.folder import BadInput, new_folder, write_json
 from gradreg.studies.demo import run as demo
 from gradreg.studies.demo.figures import accuracy_figure, gradient_norm_figure
-from gradreg.studies.demo.report import page
+from gradreg.studies.demo.report import page, print_table
 from gradreg.studies.demo.run import Plan, run_demo, sentence
 from gradreg.studies.demo.tasks import TASKS
 from gradreg.studies.demo.tune import GRIDS
@@ -42,6 +45,22 @@ def test_the_folder_holds_what_was_measured(toy):
     assert results["runs"] == lines
     assert len(lines) == len(TOY.tasks) * len(TOY.seeds) * len(GRIDS)
     assert {"torch", "gradreg", "python"} <= results["versions"].keys()
+
+
+def test_the_table_can_be_read_whatever_it_says(toy, capsys):
+    results, folder = toy
+    wide = deepcopy(results)
+    for row in wide["tasks"][0]["methods"]:
+        row["accuracy"] |= {"low": 0.6, "high": 0.8}
+        row["diverged"] = 2
+        if row["name"] != "SGD":
+            row["difference"] |= {"mean": -0.1, "low": -0.125, "high": 0.101}
+            row["verdict"] = stats.UNDECIDED
+    with tables_fit():
+        print_table(wide, folder)
+    printed = capsys.readouterr().out
+    assert "−10.0 (−12.5 to +10.1)  none shown" in printed
+    assert str(folder) in printed  # not broken, so that it can be copied
 
 
 def test_the_table_is_the_mean_of_the_runs(toy):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from printed import tables_fit
 
 from gradreg.cli import main
 from gradreg.lab.jobs import run_jobs
@@ -117,7 +118,8 @@ def toy(monkeypatch):
 
 def test_the_command_writes_its_folder_and_overwrites_nothing(toy, tmp_path, capsys):
     out = tmp_path / "result"
-    assert main(["dln", "--seeds", "2", "--out", str(out)]) == 0
+    with tables_fit():
+        assert main(["dln", "--seeds", "2", "--out", str(out)]) == 0
     assert sorted(p.name for p in out.iterdir()) == ["dln_bias.svg", "dln_map.svg", "dln_steps.svg", "results.json"]
     results = json.loads((out / "results.json").read_text())
     assert results["command"] == "gradreg dln --seed 0 --seeds 2"

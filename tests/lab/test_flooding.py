@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from printed import tables_fit
 
 from gradreg.cli import main
 from gradreg.studies.implicit_bias import flooding
@@ -62,7 +63,8 @@ def test_with_mini_batches_pairs_are_explained_in_part_only():
 def test_the_command_writes_its_folder(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(flooding, "MODES", (TINY, replace(MODES[1], level=2.28, num_steps=90)))
     out = tmp_path / "result"
-    assert main(["flooding", "--seeds", "2", "--out", str(out)]) == 0
+    with tables_fit():
+        assert main(["flooding", "--seeds", "2", "--out", str(out)]) == 0
     assert sorted(p.name for p in out.iterdir()) == ["flooding.svg", "results.json"]
     results = json.loads((out / "results.json").read_text())
     assert results["command"] == Plan((0, 1)).command == "gradreg flooding --seed 0 --seeds 2"

@@ -6,6 +6,7 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
+from printed import tables_fit
 
 from gradreg.cli import main
 from gradreg.lab.batched import obstacle
@@ -299,7 +300,8 @@ def test_the_command_writes_its_folder_and_page(tiny, tmp_path, capsys):
     target = tmp_path / "docs" / "frontier.md"
     target.parent.mkdir()
     arguments = ["frontier", "--quick", "--seeds", "2", "--workers", "1", "--write", str(target)]
-    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    with tables_fit():
+        assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     lines = (tmp_path / "out" / "runs.jsonl").read_text(encoding="utf-8").splitlines()
     assert results["command"] == "gradreg frontier --quick --seed 0 --seeds 2"

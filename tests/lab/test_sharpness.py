@@ -87,7 +87,7 @@ def test_rows_of_characters_count_by_their_vectors():
 def test_a_named_checkpoint_and_the_first_rows(trained, capsys):
     assert command(trained / "checkpoints" / "epoch-000001", "--rows", 50, "--probes", 0, "--eigenvalues", 1) == 0
     printed = capsys.readouterr().out
-    assert "epoch-000001: mnist1d" in printed
+    assert "epoch-000001: mnist1d" in " ".join(printed.split())
     assert "50 train rows" in printed
     assert "tr H" not in printed
 

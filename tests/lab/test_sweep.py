@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from printed import tables_fit
 
 from gradreg.cli import main
 from gradreg.lab import stats
@@ -88,6 +89,18 @@ def test_a_point_that_is_named_twice_is_run_once():
     assert len(from_plan({**TOY, "grid": [*GRID, GRID[0]]}).grid) == 4
 
 
+def test_fields_and_methods_are_understood_as_people_write_them(tmp_path):
+    short = {
+        "base": {**BASE, "wd": 1e-3, "Epochs": 3},
+        "grid": [{"Method": "sgd", "lr": [0.1, 0.2]}, {"method": "f_gr", "gamma": 1, "epsilon": 1}],
+    }
+    del short["base"]["epochs"]
+    sweep = read_sweep(write(tmp_path, short), {"epochs": 2})
+    assert (sweep.base.weight_decay, sweep.base.epochs) == (1e-3, 2)
+    varied = {block.method: set(block.axes) for block in sweep.blocks}
+    assert varied == {"SGD": {"learning_rate"}, "F-GR": {"gamma", "epsilon"}}
+
+
 @pytest.mark.parametrize("name", ["paper-wrn-cifar10", "mnist1d-small"])
 def test_the_configurations_that_we_ship_can_be_read(name):
     sweep = read_sweep(CONFIGS / f"{name}.yaml", {})
@@ -109,7 +122,12 @@ def blocks(*entries):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({**TOY, "gird": []}, "unknown key 'gird'"),
+        ({**TOY, "gird": []}, r"unknown key 'gird'.* Did you mean grid\?"),
+        ("# nothing", "CONFIG must be a mapping .*, which is empty"),
+        (BASE, "CONFIG must be the configuration of a sweep, got .*, that of a run: gradreg train --config"),
+        ({**TOY, "base": {**BASE, "lr": 1, "learning-rate": 1}}, "base must have one of 'learning-rate' and 'lr'"),
+        (blocks({"method": "SGD", "lr": 1, "learning_rate": 1}), "block 2 must have one of 'learning_rate' and 'lr'"),
+        (blocks({"method": "DB", "gama": 1}), r"grid block 2 has the unknown field 'gama'.* Did you mean gamma\?"),
         ({**TOY, "base": {**BASE, "colour": 1}}, "unknown field 'colour'"),
         (
             {**TOY, "base": {**BASE, "epochs": [1, 2]}},
@@ -264,7 +282,8 @@ def test_the_folder_holds_every_run_once_and_the_results(done):
 
 
 def test_the_table_names_every_method_and_the_report(done, capsys):
-    assert main(["sweep", "--resume", str(done)]) == 0
+    with tables_fit():
+        assert main(["sweep", "--resume", str(done)]) == 0
     said = capsys.readouterr()
     assert all(word in said.out for word in ("SGD", "F-GR", "γ", f"gradreg report {done}", "12 runs"))
     assert said.err == ""

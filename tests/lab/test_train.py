@@ -88,7 +88,7 @@ def test_a_run_writes_its_configuration_a_line_for_each_epoch_and_its_results(wh
     assert RunConfig(**about["config"]) == CONFIG
     assert about["command"] == " ".join(["gradreg", *words()])
     described = {"command", "date", "machine", "versions", "git", "ran_in", "check"}
-    assert set(about) == described | {"checkpoint_every", "keep", "tensorboard", "threads", "config"}
+    assert set(about) == described | {"checkpoint_every", "keep", "log", "threads", "config"}
     lines = rows(whole)
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 5), (2, 10), (3, 15), (4, 20)]
     assert lines[-1]["learning_rate"] == 0 < lines[0]["learning_rate"] < CONFIG.learning_rate
@@ -253,6 +253,17 @@ def test_a_file_gives_the_plan_and_options_win_over_it(tmp_path, plans):
     assert plans[1].config == RunConfig(**{**EVERY_FIELD, "gamma": 0.7, "augment": False, "seed": 8})
 
 
+def test_names_are_understood_as_people_write_them(tmp_path, plans):
+    file = tmp_path / "run.yaml"
+    file.write_text("{lr: 0.3, wd: 1e-4, Batch-Size: 20, method: f_gr, gamma: 1, epsilon: 1}", encoding="utf-8")
+    assert cli.main(["train", "--config", str(file)]) == 0
+    line = "train --lr 0.3 --wd 1e-4 --batch-size 20 --method fgr --gamma 1 --epsilon 1"
+    assert cli.main(line.split()) == 0
+    assert cli.main(["train", "--config", str(file), "--lr", "0.2", "--method", "f gr"]) == 0
+    expected = RunConfig(learning_rate=0.3, weight_decay=1e-4, batch_size=20, method="F-GR", gamma=1, epsilon=1)
+    assert [plan.config for plan in plans] == [expected, expected, replace(expected, learning_rate=0.2)]
+
+
 def test_the_help_names_every_field(capsys):
     assert cli.main(["train", "--help"]) == 0
     printed = capsys.readouterr().out
@@ -265,7 +276,18 @@ REFUSED = [
     ("--method nonsense", "--method must be one of SGD, F-GR"),
     ("--learning-rate nan", "--learning-rate must be a number above 0"),
     ("--method f-gr --gamma 0.1", "epsilon must be given with method F-GR"),
-    ("--gamma 0.1", "gamma must be left out with method SGD"),
+    (
+        "--gamma 0.1",
+        "SGD, which needs none of these settings; method F-GR (--method F-GR) has it, and needs gamma, epsilon",
+    ),
+    ("--epsilon 0.1", "epsilon must be left out with method SGD, which needs none of these settings; method F-GR"),
+    ("--rho 0.1", "rho must be left out with method SGD, which needs none of these settings; method SAM"),
+    ("--level 0.1", "level must be left out with method SGD, which needs none of these settings; method Flooding"),
+    ("--method fgrr", "got 'fgrr'. Did you mean F-GR?"),
+    ("--ascent normalised", "got 'normalised'. Did you mean normalized?"),
+    ("--gama 1", "Unknown option: --gama. Did you mean --gamma?"),
+    ("--lr 0", "--lr must be a number above 0"),
+    ("--lr 1 --learning-rate 2", "--learning-rate specified multiple times"),
     ("--fraction 0", "--fraction must be a number above 0 and at most 1, got '0'"),
     ("--method msam --rho 1 --fraction 0.1", "fraction must be left out with method MSAM, got '0.1'; methods"),
     ("--period 4", "period must be left out with method SGD, got '4'; methods with it: F-GR"),
@@ -282,6 +304,10 @@ REFUSED = [
     ("--config nowhere.yaml", "--config must be a YAML file that can be read, got 'nowhere.yaml': No such file"),
     ("--config list.yaml", "--config must be a mapping"),
     ("--config unknown.yaml", "--config has the unknown field 'gama'; the fields are file, data, path"),
+    ("--config unknown.yaml", "seed. Did you mean gamma?"),
+    ("--config twice.yaml", "--config must have one of 'lr' and 'learning_rate', which are the same field"),
+    ("--config empty.yaml", "--config must be a mapping of fields to values, got 'empty.yaml', which is empty"),
+    ("--config sweep.yaml", "got 'sweep.yaml', that of a sweep: gradreg sweep sweep.yaml"),
     ("--config torn.yaml", "--config must be YAML, got 'torn.yaml'"),
     ("--config code.yaml", "--config must be YAML, got 'code.yaml'"),
     (
@@ -299,6 +325,9 @@ REFUSED = [
 FILES = {
     "list.yaml": b"- 1",
     "unknown.yaml": b"gama: 1",
+    "twice.yaml": b"lr: 1\nlearning_rate: 1",
+    "empty.yaml": b"# nothing",
+    "sweep.yaml": b"base: {epochs: 3}\ngrid: [{method: SGD}]",
     "torn.yaml": b"data: [",
     "code.yaml": b"data: !!python/object/apply:os.system ['touch hacked']",
     "binary.yaml": b"\xff\xfe\x00",

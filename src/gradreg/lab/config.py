@@ -13,6 +13,7 @@ from typing import Any
 
 from gradreg.lab.folder import BadInput
 from gradreg.lab.methods import METHODS, check_together
+from gradreg.lab.names import meant, one_of, suggestion
 
 DATA = ("mnist1d", "digits", "fashion-mnist", "cifar10", "cifar100", "idx", "images", "hub", "text")
 MODELS = ("mlp", "cnn", "resnet18", "wideresnet", "vit", "gpt")
@@ -24,6 +25,10 @@ BUILT_IN = ("data", "path", "num_train", "random_labels", "augment", "model", "d
 """The fields that make a built-in task; a task of the user's own has none of them."""
 SETTINGS = ("gamma", "ratio", "epsilon", "rho", "level")
 """The fields of which a method needs some and refuses the others."""
+SHORT = {"learning_rate": "lr", "weight_decay": "wd"}
+"""Other names of fields, on the command line and in YAML."""
+SWEEP_KEYS = ("base", "grid", "search", "trials", "first_seed", "seeds")
+"""Of the configuration of a sweep, whose base is that of its runs."""
 
 
 def _choice(default: str, choices: Collection[str], about: str) -> Any:
@@ -118,7 +123,9 @@ class RunConfig:
         for name in SETTINGS:
             given = getattr(self, name) is not None
             if given and name not in method.needs and not (name == "ratio" and follows):
-                raise BadInput(f"{name} must be left out with {has}.")
+                other = METHODS["F-GR"] if name == "ratio" else next(m for m in METHODS.values() if name in m.needs)
+                way_out = f"method {other.name} (--method {other.name}) has it, and needs {', '.join(other.needs)}"
+                raise BadInput(f"{name} must be left out with {has}; {way_out}.")
             if not given and name in method.needs and not (name == "gamma" and follows):
                 raise BadInput(f"{name} must be given with {has}.")
 
@@ -149,10 +156,31 @@ def from_mapping(values: Mapping[str, Any], where: str = "configuration") -> Run
     """A configuration from a YAML or JSON mapping; an unknown key is an error."""
     if not isinstance(values, Mapping):
         raise BadInput(f"{where} must be a mapping of fields to values, got {type(values).__name__}.")
-    unknown = [key for key in values if key not in FIELDS]
-    if unknown:
-        raise BadInput(f"{where} has the unknown field {str(unknown[0])!a}; the fields are {', '.join(FIELDS)}.")
-    return RunConfig(**values)
+    return RunConfig(**by_field(values, where))
+
+
+def by_field(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """Values by the names of their fields, which may be written in short (`lr`) or with hyphens.
+
+    Raises:
+        BadInput: a name that no field has, or two that are the same one's; the message begins with `where`.
+
+    Example:
+        >>> by_field({"lr": 0.1, "batch-size": 50}, "configuration")
+        {'learning_rate': 0.1, 'batch_size': 50}
+    """
+    known = {name: name for name in FIELDS} | {short: name for name, short in SHORT.items()}
+    keys: dict[str, str] = {}
+    for key in values:
+        name = meant(key, known)
+        if name is None:
+            hint = suggestion(key, known)
+            raise BadInput(f"{where} has the unknown field {str(key)!a}; the fields are {', '.join(FIELDS)}.{hint}")
+        field = known[name]
+        if field in keys:
+            raise BadInput(f"{where} must have one of {keys[field]!a} and {key!a}, which are the same field.")
+        keys[field] = key
+    return {field: values[key] for field, key in keys.items()}
 
 
 def checked(spec: Field[Any], value: Any) -> Any:
@@ -161,10 +189,7 @@ def checked(spec: Field[Any], value: Any) -> Any:
     if value is None and spec.default is None:
         return None
     if "choices" in about:
-        for choice in about["choices"]:
-            if isinstance(value, str) and value.lower() == choice.lower():
-                return choice
-        raise BadInput(f"{spec.name} must be one of {', '.join(about['choices'])}, got {str(value)!a}.")
+        return one_of(spec.name, value, about["choices"])
     if about["type"] is bool:
         if isinstance(value, bool):
             return value

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from gradreg.lab.config import checked
 from gradreg.lab.folder import BadInput
+from gradreg.lab.names import suggestion
 
 Point = Mapping[str, Any]
 Neighbors = Callable[[Point, float], Sequence[Point]]
@@ -194,7 +195,8 @@ def range_from(spec: Field[Any], content: Mapping[Any, Any]) -> Range:
         raise BadInput(f"{name} must be a value or a list of values; it has no range.")
     unknown = [key for key in content if key not in ("low", "high", "scale")]
     if unknown:
-        raise BadInput(f"{name} has the unknown key {str(unknown[0])!a}; a range has low, high and scale.")
+        hint = suggestion(unknown[0], ("low", "high", "scale"))
+        raise BadInput(f"{name} has the unknown key {str(unknown[0])!a}; a range has low, high and scale.{hint}")
     if content.get("low") is None or content.get("high") is None:
         raise BadInput(f"{name} must have low and high as a range.")
     low, high = (checked(spec, content[end]) for end in ("low", "high"))

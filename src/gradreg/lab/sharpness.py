@@ -29,6 +29,7 @@ from gradreg.lab.folder import BadInput, new_folder, shown, write_json
 from gradreg.lab.objective import Objective
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.rows import Batch, Rows, TensorRows, moved
+from gradreg.lab.tables import console, say
 from gradreg.lab.tasks import trained as task_of
 from gradreg.lab.train import checkpoint
 from gradreg.lab.train.processes import resolve
@@ -202,10 +203,11 @@ def print_summary(trained: Trained, results: Row) -> None:
     """What was measured, with errors and seconds."""
     config, seconds = trained.config, results["seconds"]
     settings = "".join(f", {name} {value:g}" for name, value in config.settings.items())
-    print(f"{_relative(trained.place)}: {config.task}; {config.method}{settings}, seed {config.seed}")
-    print(
+    say(
+        console(),
+        f"{_relative(trained.place)}: {config.task}; {config.method}{settings}, seed {config.seed}",
         f"{results['rows']} {results['part']} rows, {results['parameters']:,} parameters, evaluation mode, "
-        f"{results['device']}; {results['machine']}"
+        f"{results['device']}; {results['machine']}",
     )
     metric = trained.objective.metric
     print(f"\nL            {results['loss']:.6g}   {metric.name} {metric.shown(results[metric.key])}{metric.unit}")
@@ -216,7 +218,7 @@ def print_summary(trained: Trained, results: Row) -> None:
         print(f"tr H         {trace['mean']:.5g} {error}   {seconds['trace']:.1f} s")
     if top:
         print(
-            f"λ of H       largest by magnitude, each within ‖Hu − λu‖ of an eigenvalue; {top['num_products']} products"
+            f"λ of H       largest by magnitude, each ± ‖Hu − λu‖; {top['num_products']} products"
             f"   {seconds['eigenvalues']:.1f} s"
         )
         for k, (value, residual) in enumerate(zip(top["values"], top["residuals"]), start=1):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from gradreg.lab import attach
-from gradreg.lab.config import DATA, RunConfig
+from gradreg.lab.config import RunConfig
 from gradreg.lab.data import load
 from gradreg.lab.data.augment import augmented
 from gradreg.lab.data.parts import Split
@@ -98,9 +99,18 @@ def from_object(found: Any) -> Source:
     return source
 
 
-def is_file(given: str) -> bool:
-    """Whether a word of the command line names a file rather than a built-in task."""
-    return given.endswith(".py") or ".py:" in given
+def digest_of(reference: str | None) -> str | None:
+    """Of the file or the object that a reference stands for."""
+    return None if reference is None else _source(reference).digest
+
+
+def word_of(reference: str) -> str:
+    """The word of a command line that names it, from here."""
+    source = _source(reference)
+    if source.path is None:
+        return reference
+    path = os.path.relpath(source.path)
+    return path if source.name == "task" else f"{path}:{source.name}"
 
 
 def task_of(config: RunConfig) -> Task | Loop:
@@ -131,11 +141,15 @@ def find(reference: str) -> Task | Loop:
     Raises:
         BadInput: as `task_of`.
     """
+    return _made(_source(reference))
+
+
+def _source(reference: str) -> Source:
     source = _SOURCES.get(reference)
     if source is None:
         file = reference.split(":")[0]
         raise BadInput(f"file must be a task that the command line names too, got {_short(reference)}: add {file}.")
-    return _made(source)
+    return source
 
 
 @lru_cache(maxsize=8)
@@ -235,8 +249,3 @@ def builtin(config: RunConfig, split: Split | None = None) -> Task:
         transform=augmented if config.augment else None,
         name=config.task,
     )
-
-
-def is_builtin(word: str) -> bool:
-    """Whether a word of the command line is the name of a data set of ours."""
-    return word in DATA

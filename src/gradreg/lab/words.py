@@ -18,6 +18,11 @@ def ranged(interval: Row | None, digits: int = 3) -> str:
     return f"{interval['mean']:.{digits}f} ({interval['low']:.{digits}f} to {interval['high']:.{digits}f})"
 
 
+def stacked(interval: Row | None, digits: int = 3) -> str:
+    """The mean, and the interval below it."""
+    return ranged(interval, digits).replace(" (", "\n").rstrip(")")
+
+
 def mean(interval: Row | None, digits: int = 3) -> str:
     return "–" if interval is None else f"{interval['mean']:.{digits}f}"
 
@@ -34,6 +39,13 @@ def difference(row: Row) -> str:
         return ""
     mean, low, high = (100 * row["difference"][key] + 0.0 for key in ("mean", "low", "high"))
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})".replace("-", "−")
+
+
+def verdict_words(row: Row) -> str:
+    """The verdict in a narrow column that is headed `difference`."""
+    verdict = row.get("verdict", "")
+    text = "none shown" if verdict == stats.UNDECIDED else verdict
+    return f"{text}\n{row['diverged']} diverged".strip() if row["diverged"] else text
 
 
 def diverged(row: Row) -> str:

@@ -38,6 +38,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def read_mapping(argument: str, path: Path, of: str) -> dict[Any, Any]:
+    """What a file holds: a mapping, which the message calls a mapping `of`.
+
+    Raises:
+        BadInput: it cannot be read, is empty or something else.
+    """
+    values, shown = read_yaml(argument, path), ascii(str(path))
+    if not isinstance(values, dict):
+        raise BadInput(f"{argument} must be a mapping {of}, got {shown}{', which is empty' if values is None else ''}.")
+    return values
+
+
 def read_yaml(argument: str, path: Path) -> Any:
     """What a file holds.
 

@@ -9,24 +9,26 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from gradreg.lab.config import FIELDS, checked
+from gradreg.lab.config import FIELDS, SHORT, checked
 from gradreg.lab.folder import BadInput
 
 
 def with_fields(function: Callable[..., None]) -> Callable[..., None]:
     """The command with its `**given` replaced by one option for each field; `given` holds those that were given."""
 
-    def command(**options: Any) -> None:
-        function(**{name: value for name, value in options.items() if value is not None or name not in FIELDS})
+    def command(*words: Any, **options: Any) -> None:
+        function(*words, **{name: value for name, value in options.items() if value is not None or name not in FIELDS})
 
     signature = inspect.signature(function, eval_str=True)
+    words = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
     own = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     options = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(spec))
         for name, spec in FIELDS.items()
+        if name != "file"  # which is a word, TASK
     ]
-    command.__signature__ = signature.replace(parameters=[*options, *own])  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in [*options, *own]}
+    command.__signature__ = signature.replace(parameters=[*words, *options, *own])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in [*words, *options, *own]}
     command.__name__, command.__doc__ = function.__name__, function.__doc__
     return command
 
@@ -46,11 +48,12 @@ def _option(spec: Field[Any]) -> Any:
         try:
             return checked(spec, tokens[0].value)
         except BadInput as error:
-            raise BadInput(str(error).replace(spec.name, flag(spec.name), 1)) from None
+            raise BadInput(str(error).replace(spec.name, tokens[0].keyword, 1)) from None
 
     allowed = f" One of {', '.join(about['choices'])}." if "choices" in about else ""
     default = "" if spec.default is None else f" [{spec.default}]"
     meaning = f"{about['about']}{allowed}{default}"
-    parameter = Parameter(name=flag(spec.name), converter=convert, help=meaning, allow_leading_hyphen=True)
+    names = [flag(name) for name in (spec.name, SHORT.get(spec.name)) if name is not None]
+    parameter = Parameter(name=names, converter=convert, help=meaning, allow_leading_hyphen=True)
     kind = about.get("type", str)  # of what `convert` returns: with pydantic installed, cyclopts checks it
     return Annotated[kind | None, parameter]

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from gradreg.lab.commands.options import LAST_SEED, MOST_WORKERS, Device, Out, app, nothing_in, switch, whole
 from gradreg.lab.folder import BadInput, new_folder
+from gradreg.lab.names import meant, suggestion
 
 _MODELS = ("mlp", "resnet18", "wideresnet", "vit", "gpt")
 _MOST_DEPTH = 256
@@ -29,9 +30,11 @@ def _listed(field: str, one: Callable[[str], Any], allowed: str, meaning: str) -
 
 
 def _model(text: str) -> str:
-    if text.lower() not in _MODELS:
-        raise ValueError
-    return text.lower()
+    model = meant(text, _MODELS)
+    if model is None:
+        hint = suggestion(text, _MODELS)
+        raise BadInput(f"--models must be some of {', '.join(_MODELS)}, separated by commas, got {text!a}.{hint}")
+    return model
 
 
 def _depth(text: str) -> int:

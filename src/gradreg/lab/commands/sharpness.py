@@ -11,15 +11,13 @@ from cyclopts import Parameter
 
 from gradreg.lab.commands.options import LAST_SEED, Device, app, whole
 from gradreg.lab.folder import BadInput
+from gradreg.lab.names import one_of
 
 _PARTS = ("train", "validation", "test")
 
 
 def _part(_: Any, tokens: Sequence[Any]) -> str:
-    text = tokens[0].value
-    if text not in _PARTS:
-        raise BadInput(f"--part must be one of {', '.join(_PARTS)}, got {text!a}.")
-    return text
+    return one_of("--part", tokens[0].value, _PARTS)
 
 
 @app.command

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,13 +15,18 @@ from cyclopts import Parameter
 
 from gradreg.lab.commands.config_options import with_fields
 from gradreg.lab.commands.options import Out, app, switch, whole
-from gradreg.lab.config import FIELDS, RunConfig, checked, from_mapping
+from gradreg.lab.commands.task_argument import TaskWord, together
+from gradreg.lab.config import FIELDS, RunConfig, by_field, checked, from_mapping
 from gradreg.lab.folder import BadInput
+from gradreg.lab.names import one_of
+from gradreg.lab.trackers import TRACKERS
 
 
 @app.command
 @with_fields
 def train(
+    task: TaskWord = None,
+    /,
     *,
     config: Annotated[Path | None, Parameter(name="--config", help="YAML file of fields; options win over it.")] = None,
     out: Out = None,
@@ -27,7 +35,11 @@ def train(
     ] = None,
     checkpoint_every: Annotated[int | None, whole("--checkpoint-every", 1, 10**6, "Epochs; by default 1")] = None,
     keep: Annotated[int | None, whole("--keep", 1, 10**6, "Checkpoints that are kept; by default 3")] = None,
-    tensorboard: Annotated[bool, switch("--tensorboard", "Also write the metrics for TensorBoard.")] = False,
+    log: Annotated[
+        list[str] | None,
+        Parameter(name="--log", negative="", help=f"Where the metrics go too: {', '.join(TRACKERS)}; may be repeated."),
+    ] = None,
+    tensorboard: Annotated[bool, switch("--tensorboard", "The same as --log tensorboard.")] = False,
     **given: Any,
 ) -> None:
     """Train one model, with checkpoints; for several processes start it with torchrun.
@@ -35,28 +47,33 @@ def train(
     Writes a folder: config.json, metrics.jsonl (a line for each epoch), checkpoints/, and results.json at the end, for
     which the test rows are read, once. Ctrl-C and SIGTERM save and leave; `--resume FOLDER` goes on.
     """
-    from gradreg.lab.progress import progress_bar
+    with _refusal_from_one():  # before torch is imported, which takes seconds
+        given = {**(_read_yaml(config) if config else {}), **given}
+        asked = [*(log or ()), *(["tensorboard"] if tensorboard else [])]
+        names = tuple(dict.fromkeys(one_of("--log", name, list(TRACKERS)) for name in asked))
+        if resume is None:
+            fields = from_mapping(together(task, given))
+        else:
+            together(task, {})
+            _refuse_beside_resume(out=out, checkpoint_every=checkpoint_every, keep=keep, log=names)
+            fields = None
+
     from gradreg.lab.train.processes import leave, processes
     from gradreg.lab.train.session import CannotWrite, Plan, Stopped, read_plan, start
     from gradreg.lab.train.session import resume as go_on
 
     try:
-        if resume is None:
-            fields = from_mapping({**(_read_yaml(config) if config else {}), **given})
-            plan = Plan(fields, checkpoint_every or 1, keep or 3, tensorboard)
-        else:
-            _refuse_beside_resume(out=out, checkpoint_every=checkpoint_every, keep=keep, tensorboard=tensorboard)
-            given = {**(_checked_values(_read_yaml(config)) if config else {}), **given}
-            plan = read_plan(resume)
-        with processes(plan.config.device) as group, progress_bar() as show:
-            if resume is None:
-                results = start(plan, out, group, show)
+        with _refusal_from_one():
+            if fields is None:
+                assert resume is not None
+                plan = read_plan(resume)
             else:
-                results = go_on(resume, given, group, show, lambda line: _say(line) if group.is_first else None)
-    except BadInput:
-        if _is_first_on_machine():
-            raise
-        leave(2)
+                plan = Plan(fields, checkpoint_every or 1, keep or 3, names)
+            with processes(plan.config.device) as group, _progress() as show:
+                if resume is None:
+                    results = start(plan, out, group, show)
+                else:
+                    results = go_on(resume, given, group, show, lambda line: _say(line) if group.is_first else None)
     except Stopped as stopped:
         if _is_first():
             what = "interrupted" if stopped.signal == signal.SIGINT else "terminated"
@@ -72,21 +89,13 @@ def train(
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    from gradreg.lab.yaml_file import read_yaml
+    from gradreg.lab.yaml_file import read_mapping
 
-    values, shown = read_yaml("--config", path), ascii(str(path))
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise BadInput(f"--config must be a mapping of fields to values, got {shown}.")
-    unknown = [key for key in values if key not in FIELDS]
-    if unknown:
-        raise BadInput(f"--config has the unknown field {str(unknown[0])!a}; the fields are {', '.join(FIELDS)}.")
-    return values
-
-
-def _checked_values(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: checked(FIELDS[name], value) for name, value in values.items()}
+    values = read_mapping("--config", path, "of fields to values")
+    if {"base", "grid", "search"} & set(values):
+        way_out = shlex.join(["gradreg", "sweep", str(path)])
+        raise BadInput(f"--config must be the configuration of a run, got {str(path)!a}, that of a sweep: {way_out}.")
+    return {name: checked(FIELDS[name], value) for name, value in by_field(values, "--config").items()}
 
 
 def _refuse_beside_resume(**options: Any) -> None:
@@ -99,8 +108,24 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _is_first_on_machine() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+@contextmanager
+def _refusal_from_one() -> Iterator[None]:
+    """Of several processes on a machine one says what is refused."""
+    try:
+        yield
+    except BadInput:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        from gradreg.lab.train.processes import leave
+
+        leave(2)
+
+
+def _progress() -> AbstractContextManager[Any]:
+    """Of several processes the first one's."""
+    from gradreg.lab.progress import progress_bar
+
+    return progress_bar() if _is_first() else nullcontext(lambda what, done, planned: None)
 
 
 def _say(line: str) -> None:
@@ -108,8 +133,10 @@ def _say(line: str) -> None:
 
 
 def _print_summary(config: RunConfig, results: dict[str, Any]) -> None:
+    from gradreg.lab.tables import console, say
+
     settings = "".join(f", {name} {value:g}" for name, value in config.settings.items())
-    print(f"{config.task}: {config.method}{settings}, {config.optimizer}, seed {config.seed}")
+    say(console(), f"{config.task}: {config.method}{settings}, {config.optimizer}, seed {config.seed}")
     end = "diverged" if results["diverged"] else "ended"
     print(f"{end} after {results['epochs']} epochs, {results['steps']} steps, {results['seconds']:g} s")
     print(

@@ -13,7 +13,6 @@ import torch
 
 from gradreg.lab.about import provenance
 from gradreg.lab.batched.speed import ALL_THREADS, BATCHED, EACH_CORE, GridSpeed
-from gradreg.lab.cost.report import WIDTH_IN_A_PIPE
 from gradreg.lab.folder import write_json
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.tables import console, say, table_of
@@ -91,7 +90,7 @@ def verdict(speed: GridSpeed) -> Row:
 
 
 def _print(results: Row, folder: Path) -> None:
-    out = console(WIDTH_IN_A_PIPE)
+    out = console()
     ways = {ALL_THREADS: "all threads", EACH_CORE: "each core", BATCHED: "batched"}
     table = table_of("Configurations per second", ["width", *ways.values(), "ratio", "target", ""])
     for grid in results["grids"]:

@@ -11,12 +11,11 @@ from rich.table import Table
 from gradreg.lab.tables import console, say, table_of
 
 Row = Mapping[str, Any]
-WIDTH_IN_A_PIPE = 108
 DB_OVER_F_GR = "DB/F-GR"
 
 
 def print_tables(results: Row, folder: Path) -> None:
-    out = console(WIDTH_IN_A_PIPE)
+    out = console()
     out.print(_time_table(results))
     for table in (_flops_table(results), _memory_table(results)):
         out.print()
@@ -42,15 +41,12 @@ def _methods(results: Row) -> list[str]:
 
 def _time_table(results: Row) -> Table:
     methods = _methods(results)
-    table = table_of("Time of a step, over SGD's", ["", "rows", "SGD, ms", *methods, DB_OVER_F_GR])
-    table.add_row(
-        "counting products", "", "", *(f"{results['predicted'][name]:g}" for name in [*methods, DB_OVER_F_GR])
-    )
+    title = "Time of a step, over SGD's; below each model its rows and SGD's time"
+    table = table_of(title, ["", *methods, DB_OVER_F_GR], gap=1)
+    table.add_row("counting products", *(f"{results['predicted'][name]:g}" for name in [*methods, DB_OVER_F_GR]))
     for case in results["cases"]:
         table.add_row(
-            case["name"],
-            str(case["batch_size"]),
-            f"{1e3 * case['sgd_seconds']:.1f}",
+            f"{case['name']}\n{case['batch_size']} rows, {1e3 * case['sgd_seconds']:.1f} ms",
             *(_cell(case["methods"][name]["time"]) for name in methods),
             _cell(case["db_over_f_gr"]),
         )

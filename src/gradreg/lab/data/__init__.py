@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import cifar, idx, images, text
+from gradreg.lab.data.cache import kept
 from gradreg.lab.data.parts import Part, Split, shuffled
 from gradreg.lab.data.places import now
 from gradreg.lab.folder import BadInput
@@ -114,9 +116,14 @@ def _mnist1d_block(seed: int) -> Part:
     from mnist1d.data import get_dataset_args, make_dataset
 
     settings = {**vars(get_dataset_args()), "num_samples": _BLOCK, "train_split": 1.0, "seed": seed}
-    with _global_randomness_kept():
-        data = make_dataset(SimpleNamespace(**settings))
-    return Part(torch.tensor(data["x"], dtype=torch.float32), torch.tensor(data["y"]))
+
+    def make() -> dict[str, Tensor]:
+        with _global_randomness_kept():
+            data = make_dataset(SimpleNamespace(**settings))
+        return {"x": torch.tensor(data["x"], dtype=torch.float32), "y": torch.tensor(data["y"])}
+
+    versions = {name: version(name) for name in ("mnist1d", "numpy", "scipy")}
+    return Part(**kept("mnist1d", {**settings, **versions}, make))
 
 
 def _cut(rows: Part, first_validation: int, first_test: int) -> Split:

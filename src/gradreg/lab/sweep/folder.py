@@ -12,8 +12,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.table import Table
-
 from gradreg.lab.about import git_state, machine, versions
 from gradreg.lab.config import FIELDS, RunConfig, from_mapping
 from gradreg.lab.cost.steps import clock_for, make_step, paired_seconds
@@ -25,13 +23,12 @@ from gradreg.lab.sweep.plan import SETTINGS, Row, Sweep, axes, from_plan
 from gradreg.lab.sweep.schedule import SweepSchedule
 from gradreg.lab.sweep.storage import Place, without_password
 from gradreg.lab.sweep.study import Study
-from gradreg.lab.tables import console, say
+from gradreg.lab.tables import console, say, table_of
 from gradreg.lab.tasks import trained
 from gradreg.lab.train.processes import resolve
-from gradreg.lab.words import accuracy, difference, diverged, settings
+from gradreg.lab.words import accuracy, difference, settings, verdict_words
 
 COST_ROUNDS = 30
-_WIDTH_IN_A_PIPE = 120
 
 
 def begin(folder: Path, sweep: Sweep, place: Place, command: str, workers: int, is_batched: bool) -> None:
@@ -179,33 +176,24 @@ def _costs(sweep: Sweep, best: Mapping[str, Row]) -> dict[str, float]:
 
 def print_table(results: Row, folder: Path) -> None:
     """The best point of each method, and where to read on."""
-    out = console(_WIDTH_IN_A_PIPE)
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("method", no_wrap=True)
-    table.add_column("best settings", min_width=12)
-    for heading in ("validation, %", "test, %", "minus SGD, points"):
-        table.add_column(heading, justify="right")
-    table.add_column("verdict")
-    table.add_column("cost", justify="right", no_wrap=True)
+    out = console()
+    chosen = table_of(None, ["method", "validation, %", "best settings"], words=["best settings"])
+    table = table_of(None, ["method", "test, %", "minus SGD, points", "difference", "cost"], words=["difference"])
     for method, point in results["best"].items():
         tested = results["test"][method]
+        chosen.add_row(method, f"{100 * point['validation_accuracy']['mean']:.1f}", _settings(point))
         table.add_row(
-            method,
-            _settings(point),
-            f"{100 * point['validation_accuracy']['mean']:.1f}",
-            accuracy(tested),
-            difference(tested),
-            tested.get("verdict", "") + diverged(tested),
-            f"{results['costs'][method]:.2f}×",
+            method, accuracy(tested), difference(tested), verdict_words(tested), f"{results['costs'][method]:.2f}×"
         )
-    out.print(table)
+    for part in (chosen, "", table, ""):
+        out.print(part)
     runs = (len(results["points"]) + len(results["best"])) * len(results["seeds"])
     say(
         out,
         f"{len(results['points'])} points, {len(results['seeds'])} seeds, {runs} runs, {results['seconds']:.0f} s of "
         "training. The best point of each method was chosen on validation rows; test rows were read once.",
-        f"Page: gradreg report {folder}",
     )
+    print(f"Page: gradreg report {folder}")
 
 
 def _settings(point: Row) -> str:

@@ -7,6 +7,7 @@ among equals. Then, once, the best points are run again and scored on the test r
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from gradreg.lab import stats
-from gradreg.lab.config import FIELDS, SETTINGS, RunConfig, checked, from_mapping
+from gradreg.lab.config import FIELDS, SETTINGS, SWEEP_KEYS, RunConfig, by_field, checked, from_mapping
 from gradreg.lab.folder import BadInput
 from gradreg.lab.methods import METHODS
+from gradreg.lab.names import suggestion
 from gradreg.lab.runs import Job, Result
 from gradreg.lab.search import Range, range_from
-from gradreg.lab.yaml_file import read_yaml
+from gradreg.lab.yaml_file import read_mapping
 
 AXES = (
     *SETTINGS,
@@ -111,13 +113,14 @@ def read_sweep(path: Path, changes: Mapping[str, Any], seeds: int | None = None,
     Raises:
         BadInput: the file cannot be read, has an unknown key, a value outside of its range, or nothing to run.
     """
-    content, shown = read_yaml("CONFIG", path), ascii(str(path))
-    if not isinstance(content, Mapping):
-        raise BadInput(f"CONFIG must be a mapping with base, grid or search, and seeds, got {shown}.")
+    content, shown = read_mapping("CONFIG", path, "with base, grid or search, and seeds"), ascii(str(path))
+    if not set(content) & set(SWEEP_KEYS) and set(content) & set(FIELDS):
+        way_out = shlex.join(["gradreg", "train", "--config", str(path)])
+        raise BadInput(f"CONFIG must be the configuration of a sweep, got {shown}, that of a run: {way_out}.")
     base = content.get("base") or {}
     if not isinstance(base, Mapping):
         raise BadInput(f"base must be a mapping of fields to values, got {type(base).__name__}.")
-    content = {**content, "base": {**base, **changes}}
+    content = {**content, "base": {**by_field(base, "base"), **changes}}
     if seeds is not None:
         content["seeds"] = seeds
     if trials is not None:
@@ -129,11 +132,11 @@ def read_sweep(path: Path, changes: Mapping[str, Any], seeds: int | None = None,
 
 def from_plan(content: Mapping[str, Any]) -> Sweep:
     """A sweep from the mapping of a configuration file or of `plan`; every run of it is checked."""
-    known = ("base", "grid", "search", "trials", "first_seed", "seeds")
-    unknown = [key for key in content if key not in known]
+    unknown = [key for key in content if key not in SWEEP_KEYS]
     if unknown:
         raise BadInput(
             f"configuration has the unknown key {str(unknown[0])!a}; the keys are base, grid or search, trials, seeds."
+            f"{suggestion(unknown[0], SWEEP_KEYS)}"
         )
     if ("grid" in content) == ("search" in content):
         raise BadInput("configuration must have one of grid and search.")
@@ -159,7 +162,7 @@ def from_plan(content: Mapping[str, Any]) -> Sweep:
 
 def _base(content: Any) -> RunConfig:
     if isinstance(content, Mapping):
-        taken = ("method", *SETTINGS)
+        content, taken = by_field(content, "base"), ("method", *SETTINGS)
         inside = [key for key in content if key in taken and content[key] not in (None, "SGD")]
         if inside:
             raise BadInput(f"base must leave {inside[0]} to the blocks of the grid.")
@@ -168,6 +171,8 @@ def _base(content: Any) -> RunConfig:
 
 def _block(entry: Any, kind: str, number: int) -> Block:
     where = f"{kind} block {number}"
+    if isinstance(entry, Mapping):
+        entry = by_field(entry, where)
     if not isinstance(entry, Mapping) or "method" not in entry:
         raise BadInput(f"{where} must be a mapping with a method.")
     if not isinstance(entry["method"], str):

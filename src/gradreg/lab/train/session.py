@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,11 +28,12 @@ from typing import Any
 
 import torch
 
-from gradreg.lab import objective
+from gradreg.lab import objective, tasks, trackers
 from gradreg.lab.about import git_state, machine, versions
 from gradreg.lab.config import FIELDS, RunConfig, from_mapping
 from gradreg.lab.data import places
 from gradreg.lab.folder import BadInput, append_line, new_folder, shown, write_json, write_text
+from gradreg.lab.names import one_of
 from gradreg.lab.records import Damaged, opened, read_record, sealed
 from gradreg.lab.train import checkpoint
 from gradreg.lab.train.processes import Processes
@@ -40,6 +42,8 @@ from gradreg.lab.train.stopping import StopRequest, stop_requests
 from gradreg.lab.train.trainer import Trainer
 
 MEASURED_ROWS = 5000
+MEASURED_LAST = ("test_loss", "test_accuracy")
+"""What trackers get when the run has ended, besides the rows."""
 
 Row = dict[str, Any]
 Show = Callable[[str, int, int], None]
@@ -66,22 +70,22 @@ class Plan:
     """Epochs."""
     keep: int = 3
     """Checkpoints."""
-    tensorboard: bool = False
+    log: tuple[str, ...] = ()
+    """The trackers that get the metrics too."""
     threads: int | None = None
     """Of a run that is under way; sums over another number of threads are rounded differently."""
 
 
 def start(plan: Plan, out: Path | None, group: Processes, show: Show) -> Row | None:
     """Train into a new folder; what results.json holds, in the first process."""
-    if plan.tensorboard:
-        _summary_writer()
+    trackers.check(plan.log)
     with seeded(plan.config.seed):
         trainer = Trainer(plan.config, processes=group, follows_penalty=True)
         group.check_agreement("the configuration", plan)
         if not group.is_first:
             return _Run(plan, Path(), trainer, {}).train(show)
         folder = new_folder(out, "train")
-        with _telling_what_is_kept(folder):
+        with _telling_what_is_kept(folder, plan.config):
             about = {
                 "command": command(plan),
                 "date": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -91,11 +95,16 @@ def start(plan: Plan, out: Path | None, group: Processes, show: Show) -> Row | N
                 **{key: value for key, value in asdict(plan).items() if key != "config"},
                 "threads": torch.get_num_threads(),
                 "ran_in": os.getcwd(),
+                **({} if plan.config.file is None else {"task_sha256": tasks.digest_of(plan.config.file)}),
                 "config": asdict(plan.config),
             }
             write_json(folder / "config.json", sealed(about))
-            with _held(folder, group):
-                return _Run(plan, folder, trainer, about).train(show)
+            try:
+                with _held(folder, group):
+                    return _Run(plan, folder, trainer, about).train(show)
+            except trackers.NotReady:
+                shutil.rmtree(folder, ignore_errors=True)  # nothing was in it before, and nothing was trained
+                raise
 
 
 def resume(
@@ -116,14 +125,17 @@ def resume(
     if (folder / "results.json").exists():
         raise BadInput(f"--resume must be the folder of a run that has not ended, got {shown(folder)}.")
     place_of_data = places.found(plan.config, about.get("ran_in"), given.get("path"))
-    if plan.tensorboard:
-        _summary_writer()
+    trackers.check(plan.log)
+    if plan.config.file is not None and about.get("task_sha256") != tasks.digest_of(plan.config.file):
+        raise BadInput(
+            f"TASK must be as it was when the run began, and {plan.config.file} has changed: start a new run."
+        )
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
     with (
         seeded(plan.config.seed),
         _held(folder, group),
-        _telling_what_is_kept(folder),
+        _telling_what_is_kept(folder, plan.config),
         places.standing_for(plan.config.path, place_of_data),
     ):
         trainer = Trainer(plan.config, processes=group, follows_penalty=True)
@@ -164,7 +176,9 @@ def read(folder: Path) -> tuple[Plan, Row]:
 
 def _plan(about: Row, folder: Path) -> Plan:
     config = from_mapping(about["config"], shown(folder / "config.json"))
-    return Plan(config, about["checkpoint_every"], about["keep"], about["tensorboard"], about["threads"])
+    log = about.get("log", ["tensorboard"] if about.get("tensorboard") else [])  # an older run's
+    names = tuple(one_of("log", name, list(trackers.TRACKERS)) for name in log)
+    return Plan(config, about["checkpoint_every"], about["keep"], names, about["threads"])
 
 
 def _way_out(about: Row, folder: Path) -> str:
@@ -178,9 +192,11 @@ def _way_out(about: Row, folder: Path) -> str:
 
 def command(plan: Plan) -> str:
     """The command line that runs it again: what differs from the defaults."""
-    words = ["gradreg", "train"]
+    words = ["gradreg", "train", *_task_word(plan.config)]
     default = Plan(plan.config)
     for name, spec in FIELDS.items():
+        if name == "file":
+            continue
         value = getattr(plan.config, name)
         if value != spec.default:
             flag = "--" + name.replace("_", "-")
@@ -188,7 +204,9 @@ def command(plan: Plan) -> str:
     for name in ("checkpoint_every", "keep"):
         if getattr(plan, name) != getattr(default, name):
             words += ["--" + name.replace("_", "-"), str(getattr(plan, name))]
-    return shlex.join(words + (["--tensorboard"] if plan.tensorboard else []))
+    for name in plan.log:
+        words += ["--log", name]
+    return shlex.join(words)
 
 
 class _Run:
@@ -203,6 +221,7 @@ class _Run:
         self.seconds = 0.0  # of the whole run, up to the last clock()
         self.epoch_seconds = 0.0
         self.is_diverged = False
+        self._best: float | None = None  # on validation rows
         self._clock = time.perf_counter()
         self._saved = False
 
@@ -210,11 +229,19 @@ class _Run:
         first_step, epochs = self.trainer.step, self.plan.config.epochs
         with ExitStack() as stack:
             stop = stack.enter_context(stop_requests(once=self.group.size == 1))
-            log = stack.enter_context(self._tensorboard())
+            names = self.plan.log if self.group.is_first else ()
+            tracking = trackers.tracking(names, self.folder, asdict(self.plan.config), first_step)
+            log = stack.enter_context(tracking)
+            self._clock = time.perf_counter()
 
             def should_stop() -> bool:
                 planned = self.trainer.num_steps - first_step
-                show(f"epoch {min(self.trainer.place.epoch + 1, epochs)}", self.trainer.step - first_step, planned)
+                epoch = min(self.trainer.place.epoch + 1, epochs)
+                metric = self.trainer.task.metric
+                best = (
+                    "" if self._best is None else f", best on validation rows {metric.shown(self._best)}{metric.unit}"
+                )
+                show(f"epoch {epoch} of {epochs}{best}", self.trainer.step - first_step, planned)
                 return self.group.any(stop.signal is not None)
 
             while self.trainer.place.epoch < epochs and not self.is_diverged:
@@ -223,15 +250,20 @@ class _Run:
                 if self.group.any(stop.signal is not None) and self.trainer.place.epoch < epochs:
                     self._leave(stop)
             found = self._results() if self.group.is_first else None
+            log.results = {key: found[key] for key in MEASURED_LAST} if found else None
             self.group.wait()
             return found
 
-    def _end_epoch(self, log: Callable[[Row], None]) -> None:
+    def _end_epoch(self, log: trackers.Tracking) -> None:
         if self.group.is_first:
             line = self._measured()
             self.is_diverged = not math.isfinite(line["train_loss"])
             append_line(self.folder / "metrics.jsonl", sealed(line))
-            log(line)
+            log.log(line, line["step"])
+            self._clock = time.perf_counter()  # what trackers take is not the run's
+            score, metric = line[f"validation_{self.trainer.task.metric.key}"], self.trainer.task.metric
+            if self._best is None or metric.worth(score) > metric.worth(self._best):
+                self._best = score
         self.is_diverged = self.group.any(self.is_diverged)
         self.epoch_seconds = 0.0
         epoch = self.trainer.place.epoch
@@ -306,7 +338,7 @@ class _Run:
         where = f"{self.trainer.step} of {self.trainer.num_steps} steps ({epochs} epochs)"
         raise Stopped(
             stop.signal or signal.SIGTERM,
-            f"saved after {where} in {target}; go on with: {_command_to_resume(self.folder)}",
+            f"saved after {where} in {target}; go on with: {_command_to_resume(self.folder, self.plan.config)}",
         )
 
     def _results(self) -> Row:
@@ -335,47 +367,28 @@ class _Run:
         write_json(self.folder / "results.json", sealed(results))
         return {**results, "folder": str(self.folder)}
 
-    @contextmanager
-    def _tensorboard(self) -> Iterator[Callable[[Row], None]]:
-        if not (self.plan.tensorboard and self.group.is_first):
-            yield lambda line: None
-            return
-        writer = _summary_writer()(str(self.folder / "tensorboard"), purge_step=self.trainer.step + 1)
-
-        def log(line: Row) -> None:
-            for name, value in line.items():
-                writer.add_scalar(name, value, line["step"])
-            writer.flush()
-
-        try:
-            yield log
-        finally:
-            writer.close()
-
-
-def _summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise BadInput("--tensorboard needs the package tensorboard: pip install 'gradreg[tensorboard]'") from error
-    return SummaryWriter
-
 
 @contextmanager
-def _telling_what_is_kept(folder: Path) -> Iterator[None]:
+def _telling_what_is_kept(folder: Path, config: RunConfig) -> Iterator[None]:
     """After a full disk, and after a Ctrl-C that nothing waited for."""
     try:
         yield
     except (OSError, KeyboardInterrupt) as error:
         kept = [place.name for place in checkpoint.all_in(folder / "checkpoints")]
-        way_out = f"{', '.join(kept)} kept; go on with: {_command_to_resume(folder)}" if kept else "nothing was kept"
+        way_out = (
+            f"{', '.join(kept)} kept; go on with: {_command_to_resume(folder, config)}" if kept else "nothing was kept"
+        )
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(way_out) from None
         raise CannotWrite(f"cannot write to {shown(folder)}: {error.strerror or error}; {way_out}") from error
 
 
-def _command_to_resume(folder: Path) -> str:
-    return f"gradreg train --resume {shlex.quote(str(folder))}"
+def _command_to_resume(folder: Path, config: RunConfig) -> str:
+    return shlex.join(["gradreg", "train", *_task_word(config), "--resume", str(folder)])
+
+
+def _task_word(config: RunConfig) -> list[str]:
+    return [] if config.file is None else [tasks.word_of(config.file)]
 
 
 @contextmanager

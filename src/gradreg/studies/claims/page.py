@@ -66,21 +66,16 @@ def summary(claim: Row) -> str:
 
 
 def print_table(results: Row, folder: Path) -> None:
-    """One table, a sentence for each claim, how to read it, and where the files are."""
+    """A table and a sentence for each claim, how to read them, and where the files are."""
     out = console()
-    table = table_of(
-        "The claims of the paper, here", ("claim", "what was measured", "number, 95 % interval", "seeds", "verdict")
-    )
-    for column in table.columns[1:2]:
-        column.justify = "left"
-    table.columns[2].no_wrap = True
-    table.columns[-1].justify, table.columns[-1].no_wrap = "left", True
+    headings = ("claim", "what was measured", "number,\n95 % interval", "seeds", "verdict")
     for claim in results["claims"]:
-        table.add_row(Text(f"({claim['letter']}) {claim['title']}"), style="bold")
+        table = table_of(f"({claim['letter']}) {claim['title']}", headings, words=(*headings[:2], "verdict"))
         for part in claim["parts"]:
-            cells = (part["key"], part["measured"], part["shown"], _seeds(part), part["verdict"])
+            cells = (part["key"], part["measured"], part["shown"].replace(" [", "\n["), _seeds(part), part["verdict"])
             table.add_row(*map(Text, cells))
-    out.print(table)
+        out.print(table)
+        out.print()
     lines = [f"({claim['letter']}) {summary(claim)}" for claim in results["claims"]]
     lines += ["", *(f"- {note}" for note in notes(results))]
     seconds = ", ".join(f"({claim['letter']}) {claim['seconds']:.0f}" for claim in results["claims"])

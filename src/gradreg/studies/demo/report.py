@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from gradreg.lab.page import inline, render
-from gradreg.lab.tables import console, say
-from gradreg.lab.words import accuracy, difference, diverged, settings
+from gradreg.lab.tables import console, say, table_of
+from gradreg.lab.words import accuracy, difference, diverged, settings, verdict_words
 from gradreg.studies.demo.tasks import RANDOM_SHARE
 
 Row = Mapping[str, Any]
-_WIDTH_IN_A_PIPE = 110
+_HEADINGS = ("method", "test, %", "minus SGD, points", "difference", "loss", "‖∇L‖", "cost")
 
 
 def notes(results: Row) -> list[str]:
@@ -43,15 +41,9 @@ def notes(results: Row) -> list[str]:
 
 def print_table(results: Row, folder: Path) -> None:
     """The table, one sentence for each task, and where the files are."""
-    out = console(_WIDTH_IN_A_PIPE)
+    out = console()
     for task in results["tasks"]:
-        table = Table(title=task["name"], title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-        table.add_column("method")
-        for heading in ("test accuracy, %", "minus SGD, points"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("verdict", no_wrap=True)
-        for heading in ("train loss", "‖∇L‖", "cost"):
-            table.add_column(heading, justify="right", no_wrap=True)
+        table = table_of(task["name"], _HEADINGS, words=["difference"])
         for row in task["methods"]:
             table.add_row(*_cells(row))
         out.print(table)
@@ -65,7 +57,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row["name"],
         accuracy(row),
         difference(row),
-        row.get("verdict", "") + diverged(row),
+        verdict_words(row),
         f"{row['train_loss']:.3f}",
         f"{row['grad_norm']:.3f}",
         f"{row['cost']:.2f}×",

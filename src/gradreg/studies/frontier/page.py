@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from gradreg.lab.stats import BETTER
-from gradreg.lab.tables import console, escaped, markdown_table, table_of
+from gradreg.lab.tables import console, escaped, markdown_table, say, table_of
 from gradreg.studies.frontier.figure import pareto_figure, worst_figure
 from gradreg.studies.frontier.modes import FULL, PLAIN
 from gradreg.studies.frontier.summary import panels, price, worst
@@ -122,18 +124,25 @@ def print_tables(results: Row, folder: Path) -> None:
     for task in results["tasks"]:
         headings, rows = detail(task)
         _print(out, f"{task['name']}: {task['about']}", headings[:-1], [row[:-1] for row in rows])  # the page has all
-    for line in (*sentences(results), "", *(f"- {note}" for note in notes(results)), ""):
-        out.print(line, markup=False, highlight=False)
+    say(out, *sentences(results), "", *(f"- {note}" for note in notes(results)), "")
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in results["seconds_of"].items())
-    out.print(f"{results['seconds']:.0f} s: {seconds}. Page, figures and data: {folder}", markup=False, highlight=False)
+    say(out, f"{results['seconds']:.0f} s: {seconds}. Page, figures and data: {folder}")
+
+
+def _stacked(cell: str) -> str:
+    """The number, and below it how sure it is."""
+    number, _, rest = cell.partition(" ")
+    return "\n".join([number, *re.split(r" (?=\(|points|diverged)", rest)]).rstrip()
 
 
 def _print(out: Any, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.text import Text
 
-    table = table_of(title, headings)
-    for row in rows:
-        table.add_row(*map(Text, row))
+    mode, *others = headings
+    narrow = ["\n".join(wrap(heading, 9)) for heading in others]
+    table = table_of(title, [mode, *narrow], words=[mode], gap=1)
+    for name, *cells in rows:
+        table.add_row(*map(Text, [name, *map(_stacked, cells)]))
     out.print(table)
     out.print()
 

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from gradreg.lab.figures import COLORS, FAINT, INK, PRINTED, LineStyle, svg
 from gradreg.lab.stats import BETTER, WORSE
-from gradreg.lab.tables import console, table_of
-from gradreg.lab.words import mean, ranged
+from gradreg.lab.tables import console, say, table_of
+from gradreg.lab.words import mean, ranged, stacked
 from gradreg.studies.implicit_bias.points import PLAIN, TABLE
 
 Row = Mapping[str, Any]
@@ -38,19 +38,18 @@ def print_tables(results: Row, folder: Path) -> None:
     """Everything that the page in docs quotes."""
     out = console()
 
-    def say(*lines: str) -> None:
-        out.print(*lines, sep="\n", markup=False, highlight=False)
-
     for setting in results["settings"]:
         out.print(_setting_table(setting))
-        say(*_sentences(setting), "")
+        say(out, *_sentences(setting), "")
     out.print(_steps_table(results["large_steps"], len(results["seeds"])))
-    say("")
+    say(out, "")
     out.print(_map_table(results["map"]))
-    say("")
+    n, d, num_active = results["map"]["shape"]
+    say(out, f"n = {n}, d = {d}, k = {num_active}; * an interval without 0; – not converged.", "")
     out.print(_agreement_table(results["agreement"]))
     speed = results["speed"]
     say(
+        out,
         "",
         f"Speed, n = 50 and d = 100: one flow at a time {1e3 * speed['one_at_a_time']:.0f} ms, in a batch of "
         f"{speed['batch']} {1e3 * speed['batched']:.0f} ms a flow: {speed['ratio']:.1f} times as fast.",
@@ -70,15 +69,15 @@ def _setting_table(setting: Row) -> Table:
         "active",
         "inactive",
         "unevenness",
-        "error, even scale",
+        "error,\neven\nscale",
     )
-    table = table_of(f"{setting['name']}: α = {setting['alpha']:g}, γ = {setting['gamma']:g}", headings)
+    table = table_of(f"{setting['name']}: α = {setting['alpha']:g}, γ = {setting['gamma']:g}", headings, gap=1)
     for point in TABLE:
         row = point_of(setting, point.scheme, point.gamma, point.epsilon)
         table.add_row(
             "GD (γ = 0)" if point == PLAIN else NAMES[point.scheme],
             "" if point.epsilon is None else f"{point.epsilon:g}",
-            ranged(row["test_error"]),
+            stacked(row["test_error"]),
             mean(row["l1"], 2),
             mean(row["scale"]),
             mean(row["active"]),
@@ -104,8 +103,8 @@ def _sentences(setting: Row) -> list[str]:
 
 
 def _steps_table(large_steps: Sequence[Row], num_seeds: int) -> Table:
-    headings = ("plain descent at a finite step", "η", "γ = η/2", "converged", "test error", "scale", "DB flow there")
-    table = table_of("What the step size regularizes by itself", headings)
+    headings = ("plain descent", "η", "γ = η/2", "converged", "test error", "scale", "DB flow\nthere")
+    table = table_of("What the step size regularizes by itself", headings, words=headings[:1])
     for part in large_steps:
         for point in part["points"]:
             table.add_row(
@@ -113,7 +112,7 @@ def _steps_table(large_steps: Sequence[Row], num_seeds: int) -> Table:
                 f"{point['rate']:g}",
                 f"{point['gamma']:g}",
                 f"{point['num_converged']} of {num_seeds}",
-                ranged(point["test_error"] if point["num_converged"] == num_seeds else None),
+                stacked(point["test_error"] if point["num_converged"] == num_seeds else None),
                 mean(point["scale"] if point["num_converged"] == num_seeds else None),
                 mean(point.get("flow_scale")),
             )
@@ -121,9 +120,9 @@ def _steps_table(large_steps: Sequence[Row], num_seeds: int) -> Table:
 
 
 def _map_table(found: Row) -> Table:
-    n, d, num_active = found["shape"]
-    title = f"Test error of F-GR over DB, log₂; n = {n}, d = {d}, k = {num_active}; * without 0; – not converged"
-    table = table_of(title, ("ε/γ", "α", *(f"μ/σ = {shift:g}" for shift in found["shifts"])))
+    table = table_of(
+        "Test error of F-GR over DB, log₂", ("ε/γ", "α", *(f"μ/σ = {shift:g}" for shift in found["shifts"]))
+    )
     for ratio in found["ratios"]:
         for alpha in found["alphas"]:
             cells = [cell_of(found, shift, alpha, ratio) for shift in found["shifts"]]
@@ -139,7 +138,8 @@ def _map_cell(cell: Row) -> str:
 
 
 def _agreement_table(rows: Sequence[Row]) -> Table:
-    headings = ("scheme", "ε", "rows", "|w₊w₋ − α_GR²|", "|β − argmin φ|", "|β − batched β|", "converged")
+    errors = ("|w₊w₋ −\nα_GR²|", "|β −\nargmin φ|", "|β −\nbatched β|")
+    headings = ("scheme", "ε", "rows", *errors, "converged")
     table = table_of("Integration against theory, largest error over coordinates", headings)
     for row in rows:
         table.add_row(

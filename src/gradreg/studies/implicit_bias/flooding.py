@@ -44,8 +44,8 @@ from gradreg.lab.folder import write_json, write_text
 from gradreg.lab.jobs import run_jobs
 from gradreg.lab.models import build
 from gradreg.lab.runs import accuracy, measure
-from gradreg.lab.tables import console, table_of
-from gradreg.lab.words import ranged
+from gradreg.lab.tables import console, say, table_of
+from gradreg.lab.words import ranged, stacked
 from gradreg.studies.demo.tasks import TASKS
 from gradreg.studies.implicit_bias.plan import SeededPlan
 
@@ -327,16 +327,12 @@ def summarize(mode: Mode, runs: Sequence[Row]) -> Row:
 def print_tables(results: Row, folder: Path) -> None:
     """The identity, then a table and the counts of each mode."""
     out = console()
-
-    def say(*lines: str) -> None:
-        out.print(*lines, sep="\n", markup=False, highlight=False)
-
-    say("Two flooded steps across the level against one step of the penalty, relative error of the displacement:")
+    say(out, "Two flooded steps across the level against one step of the penalty, relative error of the displacement:")
     for row in results["identity"]:
         order = "up, down: F-GR" if row["scheme"] == "forward" else "down, up: B-GR"
-        say(f"  {order}  {row['relative_error']:.1e}   (rounding of the weights: {row['rounding']:.1e})")
+        say(out, f"  {order}  {row['relative_error']:.1e}   (rounding of the weights: {row['rounding']:.1e})")
     for mode in results["modes"]:
-        say("")
+        say(out, "")
         title = f"{mode['name']}: η = {mode['rate']:g}, b = {mode['level']:g}, {mode['num_steps']} steps"
         table = table_of(title, ("method", "ε", "γ", "training loss", "‖∇L‖²", "test accuracy, %"))
         for name, row in mode["methods"].items():
@@ -346,14 +342,15 @@ def print_tables(results: Row, folder: Path) -> None:
             table.add_row(
                 name,
                 f"{mode['rate']:g}" if has_penalty else "",
-                ranged(gamma, 2) if has_penalty else "",
-                ranged(row["train_loss"]),
+                stacked(gamma, 2) if has_penalty else "",
+                stacked(row["train_loss"]),
                 f"{row['squared_norm']['mean']:.2e}",
-                ranged(percent, 1),
+                stacked(percent, 1),
             )
         out.print(table)
         counts = mode["counts"]
         say(
+            out,
             f"Steps of flooding in pairs across the level: {ranged(counts['pair_share'], 2)} of all, "
             f"{ranged(counts['pair_share_after_level'], 2)} after the level was first reached.",
             "Cosine of what a pair did and the penalty step that the identity predicts: "
@@ -361,6 +358,7 @@ def print_tables(results: Row, folder: Path) -> None:
             f"‖∇L‖² in the last quarter over that where the level was first reached: {_factor(mode['log2_fall'])}.",
         )
     say(
+        out,
         "",
         f"Task: {results['task']}, float64, plain SGD without momentum or weight decay. γ of flooding is the effective "
         "one, and that of F-GR is the same. Means and 95 % intervals (Student's t) over "
