@@ -45,6 +45,10 @@ class Metric:
     def shown(self, value: float) -> str:
         return f"{100 * value:.1f}" if self.is_share else f"{value:.3g}"
 
+    def written(self, value: float) -> str:
+        """With its unit."""
+        return f"{self.shown(value)}{self.unit}"
+
     def gap(self, value: float) -> str:
         """With its sign."""
         text = f"{100 * value + 0.0:+.1f}" if self.is_share else f"{value + 0.0:+.2g}"

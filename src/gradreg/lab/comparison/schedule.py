@@ -141,7 +141,7 @@ class ComparisonSchedule(Schedule):
                 best[name] = max(worths)
         is_finished = self._are_chosen(progress) and all(e.key in results for e in self._tests(progress))
         sign = 1 if self.metric.higher_is_better else -1
-        text = ", ".join(f"{name} {self.metric.shown(sign * worth)}{self.metric.unit}" for name, worth in best.items())
+        text = ", ".join(f"{name} {self.metric.written(sign * worth)}" for name, worth in best.items())
         done = len(results)
         planned = max(done, self._planned(progress))
         return Status(done, planned, text or "training", is_finished)
