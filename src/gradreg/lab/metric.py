@@ -42,8 +42,8 @@ class Metric:
             return -math.inf
         return value if self.higher_is_better else -value
 
-    def shown(self, value: float) -> str:
-        return f"{100 * value:.1f}" if self.is_share else f"{value:.3g}"
+    def shown(self, value: float, digits: int = 1) -> str:
+        return f"{100 * value:.{digits}f}" if self.is_share else f"{value:.3g}"
 
     def written(self, value: float) -> str:
         """With its unit."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import math
 import os
 import sys
 import traceback
@@ -19,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gradreg.lab import attach
+from gradreg.lab import attach, objective
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import load
 from gradreg.lab.data.augment import augmented
@@ -27,6 +28,7 @@ from gradreg.lab.data.parts import Split
 from gradreg.lab.folder import BadInput
 from gradreg.lab.models import MODELS
 from gradreg.lab.task import Loop, Task, as_task
+from gradreg.lab.train.processes import resolve
 from gradreg.lab.train.randomness import seeded
 
 
@@ -97,6 +99,27 @@ def from_object(found: Any) -> Source:
     source = Source(f"{task.name or 'task'} ({digest[:8]})", digest, pickled=pickled)
     know((source,))
     return source
+
+
+def check(config: RunConfig) -> None:
+    """One batch of training rows through the loss and all validation rows through the score of a user's task, at the
+    weights of the run's seed, before anything is made.
+
+    Raises:
+        BadInput: what `Task.check` refuses; a score that is no number, or NaN.
+    """
+    task, device = trained(config), resolve(config.device)
+    with seeded(config.seed):
+        model = task.build(config.seed).to(device)
+        try:
+            task.check(model, device, config.batch_size)
+            found = objective.evaluate(model, task.validation, of=task.objective)
+        except BadInput:
+            raise
+        except Exception as error:
+            raise BadInput(f"{config.file} must be a task that runs, and raised {_last_line(error)}.") from error
+    if math.isnan(found.score):
+        raise BadInput(f"score must be a number, got NaN from {task.metric.name} of the untrained model.")
 
 
 def digest_of(reference: str | None) -> str | None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from gradreg.lab.commands.options import LAST_SEED, Device, app, whole
+from gradreg.lab.commands.task_argument import fields_of
 from gradreg.lab.folder import BadInput
 from gradreg.lab.names import one_of
 
@@ -34,6 +35,9 @@ def sharpness(
     data: Annotated[
         str | None, Parameter(name="--path", help="Where the data of the run is now, if it was moved.")
     ] = None,
+    task: Annotated[
+        str | None, Parameter(name="--task", help="FILE.py or FILE.py:NAME, if the run was that of a task of your own.")
+    ] = None,
     out: Annotated[
         Path | None, Parameter(name="--out", help="New or empty folder for results.json; by default none is written.")
     ] = None,
@@ -47,6 +51,7 @@ def sharpness(
 
     if probes == 1:
         raise BadInput("--probes must be 0 or a whole number from 2 to 1000000, got '1': one has no standard error.")
+    fields_of(task)  # makes it known
     plan = Plan(path, part, probes, eigenvalues, rows, seed, device, data)
     try:
         run_sharpness(plan, out, lambda line: print(f"gradreg: {line}", file=sys.stderr))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from gradreg.lab.commands.options import LAST_SEED, Out, Workers, app, whole
+from gradreg.lab.commands.task_argument import fields_of
 from gradreg.lab.folder import BadInput, new_folder
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 def sweep(
     config: Annotated[Path | None, Parameter(name="CONFIG", help="YAML file: base, grid or search, seeds.")] = None,
     *,
+    task: Annotated[
+        str | None,
+        Parameter(name="--task", help="FILE.py or FILE.py:NAME: a task of your own, not base's data."),
+    ] = None,
     resume: Annotated[
         Path | None, Parameter(name="--resume", help="Folder of a sweep to go on with, or to join while it runs.")
     ] = None,
@@ -69,9 +74,11 @@ def sweep(
     from gradreg.lab.sweep.schedule import SweepSchedule
     from gradreg.lab.sweep.storage import Place
     from gradreg.lab.sweep.workers import Worker, should_batch, work_together
+    from gradreg.lab.tasks import sources
 
+    own = fields_of(task)
     changes = {"seed": seed, "epochs": epochs, "path": path, "device": device}
-    asked = _read(config, {k: v for k, v in changes.items() if v is not None}, seeds, search)
+    asked = _read(config, {k: v for k, v in changes.items() if v is not None}, seeds, search, own)
     _check_options(config, resume, storage, study, out)
     count = workers or default_workers()
     moved = path if config is None else None
@@ -98,10 +105,11 @@ def sweep(
             _open(place, sweep)
         sweep_folder.begin(folder, sweep, place, _command(config, place, sweep, changes), count, is_batched)
 
-    again = f"finished runs are kept; go on with: gradreg sweep --resume {shlex.quote(str(folder))}"
+    words = [] if task is None else ["--task", task]
+    again = f"finished runs are kept; go on with: {shlex.join(['gradreg', 'sweep', *words, '--resume', str(folder)])}"
     try:
         with standing_for(*data):
-            work_together(Worker(folder.resolve(), place, is_batched, count, data=data), SweepSchedule(sweep))
+            work_together(Worker(folder.resolve(), place, is_batched, count, sources(), data), SweepSchedule(sweep))
             results = sweep_folder.conclude(folder, place)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(again) from None
@@ -110,11 +118,13 @@ def sweep(
     sweep_folder.print_table(results, folder)
 
 
-def _read(config: Path | None, changes: dict[str, Any], seeds: int | None, search: int | None) -> Sweep | None:
+def _read(
+    config: Path | None, changes: dict[str, Any], seeds: int | None, search: int | None, own: dict[str, Any]
+) -> Sweep | None:
     from gradreg.lab.sweep.plan import read_sweep
 
     if config is not None:
-        return read_sweep(config, changes, seeds, search)
+        return read_sweep(config, changes, seeds, search, own)
     for name, value in {**changes, "seeds": seeds, "search": search}.items():
         if value is not None and name != "path":
             raise BadInput(f"--{name} must be left out without CONFIG: a sweep that was begun keeps its configuration.")
@@ -187,8 +197,10 @@ def _name(out: Path | None) -> str:
 def _command(config: Path | None, place: Place, sweep: Sweep, changes: dict[str, Any]) -> str:
     """The same runs again; a password is left out."""
     from gradreg.lab.sweep.storage import without_password
+    from gradreg.lab.tasks import word_of
 
     words: list[Any] = ["gradreg", "sweep", *([] if config is None else [config])]
+    words += [] if sweep.base.file is None else ["--task", word_of(sweep.base.file)]
     for name, value in changes.items():
         words += [] if value is None else [f"--{name}", value]
     words += ["--seeds", len(sweep.seeds)] if config is not None else []

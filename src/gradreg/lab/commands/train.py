@@ -133,16 +133,18 @@ def _say(line: str) -> None:
 
 
 def _print_summary(config: RunConfig, results: dict[str, Any]) -> None:
+    from gradreg.lab.metric import Metric
     from gradreg.lab.tables import console, say
 
     settings = "".join(f", {name} {value:g}" for name, value in config.settings.items())
     say(console(), f"{config.task}: {config.method}{settings}, {config.optimizer}, seed {config.seed}")
     end = "diverged" if results["diverged"] else "ended"
     print(f"{end} after {results['epochs']} epochs, {results['steps']} steps, {results['seconds']:g} s")
-    print(
-        f"test accuracy {results['test_accuracy']:.2%}   validation {results['validation_accuracy']:.2%}   "
-        f"train loss {results['train_loss']:.4f}   ‖∇L‖ {results['grad_norm']:.4f}"
+    metric = Metric.from_row(results["metric"])
+    scores = (
+        f"{part} {metric.name} {metric.written(results[f'{part}_{metric.key}'])}" for part in ("test", "validation")
     )
+    print(*scores, f"train loss {results['train_loss']:.4f}", f"‖∇L‖ {results['grad_norm']:.4f}", sep="   ")
     if results.get("flooded_steps") == 0:
         print(
             f"No step had a loss below the level {config.level:g}: this is a run of SGD; a higher --level would flood."

@@ -107,8 +107,14 @@ class Sweep:
         return {"base": asdict(self.base), **rest, "first_seed": self.seeds[0], "seeds": len(self.seeds)}
 
 
-def read_sweep(path: Path, changes: Mapping[str, Any], seeds: int | None = None, trials: int | None = None) -> Sweep:
-    """A sweep from a YAML file; `changes` are fields of its base that the command line sets.
+def read_sweep(
+    path: Path,
+    changes: Mapping[str, Any],
+    seeds: int | None = None,
+    trials: int | None = None,
+    own: Mapping[str, Any] | None = None,
+) -> Sweep:
+    """A sweep from a YAML file; `changes` are fields of its base that the command line sets, `own` those of a task.
 
     Raises:
         BadInput: the file cannot be read, has an unknown key, a value outside of its range, or nothing to run.
@@ -120,7 +126,7 @@ def read_sweep(path: Path, changes: Mapping[str, Any], seeds: int | None = None,
     base = content.get("base") or {}
     if not isinstance(base, Mapping):
         raise BadInput(f"base must be a mapping of fields to values, got {type(base).__name__}.")
-    content = {**content, "base": {**by_field(base, "base"), **changes}}
+    content = {**content, "base": {**(own or {}), **by_field(base, "base"), **changes}}
     if seeds is not None:
         content["seeds"] = seeds
     if trials is not None:

@@ -42,8 +42,6 @@ from gradreg.lab.train.stopping import StopRequest, stop_requests
 from gradreg.lab.train.trainer import Trainer
 
 MEASURED_ROWS = 5000
-MEASURED_LAST = ("test_loss", "test_accuracy")
-"""What trackers get when the run has ended, besides the rows."""
 
 Row = dict[str, Any]
 Show = Callable[[str, int, int], None]
@@ -80,6 +78,8 @@ def start(plan: Plan, out: Path | None, group: Processes, show: Show) -> Row | N
     """Train into a new folder; what results.json holds, in the first process."""
     trackers.check(plan.log)
     with seeded(plan.config.seed):
+        if plan.config.file is not None:
+            tasks.check(plan.config)
         trainer = Trainer(plan.config, processes=group, follows_penalty=True)
         group.check_agreement("the configuration", plan)
         if not group.is_first:
@@ -250,7 +250,8 @@ class _Run:
                 if self.group.any(stop.signal is not None) and self.trainer.place.epoch < epochs:
                     self._leave(stop)
             found = self._results() if self.group.is_first else None
-            log.results = {key: found[key] for key in MEASURED_LAST} if found else None
+            last = ("test_loss", f"test_{self.trainer.task.metric.key}")  # the rows are there already
+            log.results = {key: found[key] for key in last} if found else None
             self.group.wait()
             return found
 

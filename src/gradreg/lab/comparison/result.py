@@ -1,0 +1,227 @@
+"""What came out of a comparison: a row for each arm, verdicts, a sentence. Functions of what the study holds.
+
+Verdicts come from the paired differences on test rows, seed by seed, oriented so that better is better whichever way
+the score goes. A run that failed or diverged has no score; an arm with such a test run has no interval, and says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+from gradreg.lab import stats
+from gradreg.lab.comparison.arms import BASELINE, LONGER, Arm
+from gradreg.lab.comparison.schedule import TEST, VALIDATION, ComparisonSchedule
+from gradreg.lab.methods import METHODS
+from gradreg.lab.metric import Metric
+from gradreg.lab.runs import Result
+from gradreg.lab.search import Point
+from gradreg.lab.sweep.board import Board
+from gradreg.lab.sweep.schedule import key_of
+from gradreg.lab.words import SYMBOLS, listed, plural
+
+Row = dict[str, Any]
+FAILED = "no result"
+_SHORT = {**SYMBOLS, "learning_rate": "lr", "weight_decay": "wd", "lookahead": "ρ ahead", "ratio": "ratio"}
+
+
+def arm_rows(schedule: ComparisonSchedule, board: Board, costs: Mapping[str, Row]) -> list[Row]:
+    """Of a comparison that is finished, the baseline first."""
+    progress, results, plan = schedule.progress(board), board.results, schedule.plan
+    rows: list[Row] = []
+    baseline: list[float] = []
+    for a, arm in enumerate(schedule.arms):
+        found = progress[arm.name]
+        assert found.choice is not None
+        k = [point for point, _ in found.tried].index(found.choice)
+        name = f"{a}-{k}"
+        test = [results[key_of(name, seed, TEST)] for seed in plan.seeds]
+        seeds = (*plan.search_seeds, *plan.final_seeds)
+        chosen = [r for seed in seeds if (r := results.get(key_of(name, seed, VALIDATION))) is not None]
+        scores = [result.score for result in test]
+        row = {
+            **_about(arm, found.choice),
+            "tried": len(found.tried),
+            "runs": len(found.entries) + len(test),
+            "validation": _mean([result.score for result in chosen]),
+            "scores": scores,
+            "failed": [_last_line(r.error) for _, runs in found.tried for r in runs or () if r.error]
+            + [_last_line(r.error) for r in test if r.error],
+            "diverged": sum(r.diverged and not r.error for r in test),
+            "seconds": median(r.seconds for r in test),
+            "cost": costs.get(arm.name),
+            **_tested(scores),
+        }
+        if a == 0:
+            baseline = scores
+        else:
+            row |= _compared(scores, baseline, schedule.metric, test)
+        rows.append(row)
+    return rows
+
+
+def _about(arm: Arm, choice: Point) -> Row:
+    settings = {name: v for name, v in choice.items() if name not in ("learning_rate", "weight_decay")}
+    return {
+        "name": arm.name,
+        "method": arm.method,
+        "about": _ABOUT.get(arm.name) or METHODS[arm.method].about,
+        "is_opponent": arm.is_opponent,
+        "epochs": arm.epochs,
+        "fixed": dict(arm.fixed),
+        **{name: choice[name] for name in ("learning_rate", "weight_decay")},
+        "settings": settings,
+    }
+
+
+_ABOUT = {
+    LONGER: "plain training for as long as two passes take",
+    "cheap": "ahead along the momentum, and a penalty on a tenth of the batch in every third step",
+}
+
+
+def _tested(scores: Sequence[float]) -> Row:
+    if not all(map(math.isfinite, scores)):
+        return {"test": None}
+    return {"test": asdict(stats.mean_interval(scores))}
+
+
+def _compared(scores: Sequence[float], baseline: Sequence[float], metric: Metric, runs: Sequence[Result]) -> Row:
+    if not all(map(math.isfinite, [*scores, *baseline])):
+        return {"difference": None, "verdict": FAILED}
+    difference = stats.paired_difference(scores, baseline)
+    return {"difference": asdict(difference), "verdict": judged(difference, metric, runs)}
+
+
+def judged(difference: stats.Interval, metric: Metric, runs: Sequence[Result]) -> str:
+    """Better is better, whichever way the score goes."""
+    if not metric.higher_is_better:
+        difference = stats.Interval(-difference.mean, -difference.high, -difference.low)
+    margin = stats.one_row(run.num_scored for run in runs) if metric.is_share else 0.0
+    return stats.verdict(difference, margin)
+
+
+def _mean(scores: Sequence[float]) -> float:
+    finite = [score for score in scores if math.isfinite(score)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
+
+
+def _last_line(error: str) -> str:
+    lines = error.strip().splitlines()
+    return lines[-1][:200] if lines else ""
+
+
+def leader(rows: Sequence[Row], metric: Metric) -> Row:
+    """The method that is best on validation rows; opponents and the baseline are none."""
+    methods = [row for row in rows[1:] if not row["is_opponent"]]
+    return max(methods, key=lambda row: metric.worth(row["validation"] if row["validation"] is not None else math.nan))
+
+
+def verdict(results: Row) -> str:
+    """The answer, in a sentence or two."""
+    metric, rows = Metric.from_row(results["metric"]), results["arms"]
+    best, plain, task = leader(rows, metric), rows[0], results["task"]
+    named = f"{best['name']} ({settings(best)})"
+    if best["test"] is None or plain["test"] is None:
+        broken = listed([row["name"] for row in (plain, best) if row["test"] is None])
+        return f"On {task} nothing can be said: {broken} has test runs that failed or diverged."
+    seeds = f"over {len(results['seeds'])} paired seeds"
+    gap = f"{gap_of(best, metric)} {seeds}"
+    numbers = f"{metric.name} {score(best['test'], metric)} against {score(plain['test'], metric)}, {gap}"
+    cost = f", at {best['cost']['median']:.2g} times the cost of a step" if best.get("cost") else ""
+    if best["verdict"] == stats.BETTER:
+        said = f"{named} is better than tuned {BASELINE} on {task}: {numbers}{cost}."
+    elif best["verdict"] == stats.WORSE:
+        said = f"{named}, best on validation rows, is worse than tuned {BASELINE} on {task}: {numbers}{cost}."
+    else:
+        said = (
+            f"No difference is shown between {named}, best on validation rows, and tuned {BASELINE} on {task}: "
+            f"{numbers}{cost}."
+        )
+    return said + _beside_opponent(results, best, metric)
+
+
+def _beside_opponent(results: Row, best: Row, metric: Metric) -> str:
+    """Whether it is more than what the same time buys."""
+    opponent = next((row for row in results["arms"] if row["is_opponent"]), None)
+    if opponent is None or opponent["test"] is None:
+        return ""
+    difference = stats.paired_difference(best["scores"], opponent["scores"])
+    runs: list[Result] = []
+    found = judged(difference, metric, runs)
+    reached = f" {opponent['name']} reaches {score(opponent['test'], metric)}"
+    if found == stats.UNDECIDED:
+        return f"{reached}: no difference to {best['name']} is shown at equal time."
+    return f"{reached}: {best['name']} is {found} than that."
+
+
+def settings(row: Mapping[str, Any]) -> str:
+    """`ratio 0.3, ε 0.1`, or for plain training its learning rate and weight decay."""
+    own = row["settings"] or {name: row[name] for name in ("learning_rate", "weight_decay")}
+    return ", ".join(f"{_SHORT.get(name, name)} {value:g}" for name, value in own.items())
+
+
+def chosen(row: Mapping[str, Any]) -> str:
+    """All that was chosen for an arm."""
+    numbers = {name: row[name] for name in ("learning_rate", "weight_decay")}
+    return ", ".join(f"{_SHORT.get(name, name)} {value:g}" for name, value in {**numbers, **row["settings"]}.items())
+
+
+def score(interval: Mapping[str, float] | None, metric: Metric) -> str:
+    """`77.3 ± 0.8`, in the unit of the score."""
+    if interval is None:
+        return "–"
+    scale = 100 if metric.is_share else 1
+    half = scale * (interval["high"] - interval["low"]) / 2
+    return f"{metric.shown(interval['mean'])} ± {half:.1f}{metric.unit}" if metric.is_share else _to(interval, half)
+
+
+def _to(interval: Mapping[str, float], half: float) -> str:
+    """As many digits as the interval bears."""
+    digits = 2 - math.floor(math.log10(half)) - 1 if half > 0 else 4
+    digits = min(max(digits, 0), 8)
+    return f"{interval['mean']:.{digits}f} ± {half:.{digits}f}"
+
+
+def gap_of(row: Mapping[str, Any], metric: Metric) -> str:
+    """`−0.011 (−0.015 to −0.007)`; in points of a share."""
+    if row.get("difference") is None:
+        return ""
+    mean, low, high = (row["difference"][key] for key in ("mean", "low", "high"))
+    if metric.is_share:
+        text = f"{100 * mean + 0.0:+.1f} ({100 * low + 0.0:+.1f} to {100 * high + 0.0:+.1f})"
+    else:
+        half = (high - low) / 2
+        digits = min(max(1 - math.floor(math.log10(half)), 0), 8) if half > 0 else 4
+        text = f"{mean + 0.0:+.{digits}f} ({low + 0.0:+.{digits}f} to {high + 0.0:+.{digits}f})"
+    return text.replace("-", "−")
+
+
+def notes(results: Row) -> list[str]:
+    """How to read the numbers; the same words below the table and on the page."""
+    plan, metric = results["plan"], Metric.from_row(results["metric"])
+    seeds = results["seeds"]
+    way = "higher" if metric.higher_is_better else "lower"
+    tried = f"{plan['trials']} candidates on {plan['search_seeds']} seed{plural(plan['search_seeds'])}"
+    if plan["final_seeds"] and plan["finalists"]:
+        tried += f", the best {plan['finalists']} again on {plan['final_seeds']} more"
+    unit = "percent" if metric.is_share else "the unit of the score"
+    said = [
+        f"Score: {metric.name} on test rows, in {unit}; {way} is better. Mean and 95 % interval (Student's t) over "
+        f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}; differences and verdicts are paired by seed.",
+        f"Each arm was tuned alike, by validation rows: at most {tried}; SGD's learning rate and weight decay first, "
+        "from which the others start. The test rows were read once, by the choice of each arm.",
+        "SGD is plain training, with the task's own optimizer.",
+        *([results["how_cost"]] if results.get("how_cost") else []),
+        *results.get("not_afforded", []),
+    ]
+    if any(row["is_opponent"] for row in results["arms"]):
+        said.append(f"{LONGER} is what the time of two passes buys without a penalty.")
+    failed = [(row["name"], row["failed"]) for row in results["arms"] if row["failed"]]
+    for name, errors in failed:
+        count = f"{len(errors)} run{plural(len(errors))}"
+        said.append(f"{name}: {count} failed, the last with {errors[-1]}; tracebacks are in failed/.")
+    return said
