@@ -96,7 +96,7 @@ def from_object(found: Any) -> Source:
             "functions that make what cannot be pickled."
         ) from error
     digest = hashlib.sha256(pickled).hexdigest()
-    source = Source(f"{task.name or 'task'} ({digest[:8]})", digest, pickled=pickled)
+    source = Source(task.name or "task", digest, pickled=pickled)
     know((source,))
     return source
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import Field
 from typing import Annotated, Any
 
@@ -13,9 +13,12 @@ from gradreg.lab.config import FIELDS, SHORT, checked
 from gradreg.lab.folder import BadInput
 
 
-def with_fields(function: Callable[..., None]) -> Callable[..., None]:
+def with_fields(*, leaving_out: Collection[str] = ("file",)) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The command with its `**given` replaced by one option for each field; `given` holds those that were given."""
+    return lambda function: _with_fields(function, leaving_out)
 
+
+def _with_fields(function: Callable[..., None], leaving_out: Collection[str]) -> Callable[..., None]:
     def command(*words: Any, **options: Any) -> None:
         function(*words, **{name: value for name, value in options.items() if value is not None or name not in FIELDS})
 
@@ -25,7 +28,7 @@ def with_fields(function: Callable[..., None]) -> Callable[..., None]:
     options = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(spec))
         for name, spec in FIELDS.items()
-        if name != "file"  # which is a word, TASK
+        if name not in leaving_out
     ]
     command.__signature__ = signature.replace(parameters=[*words, *options, *own])  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in [*words, *options, *own]}

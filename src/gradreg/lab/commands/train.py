@@ -23,7 +23,7 @@ from gradreg.lab.trackers import TRACKERS
 
 
 @app.command
-@with_fields
+@with_fields()
 def train(
     task: TaskWord = None,
     /,

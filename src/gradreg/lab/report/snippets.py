@@ -61,6 +61,22 @@ def as_python(config: RunConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
+_TO_OWN = (
+    ("lambda batch: criterion(model(batch[0]), batch[1]), [(x, y)]", "loss_of, [batch]"),
+    ("lambda: criterion(model(x), y)", "loss_fn"),
+    ("criterion(model(x), y)", "loss_fn()"),
+)
+
+
+def lines_of(config: RunConfig) -> list[str]:
+    """The method alone, around a `model`, an `optimizer`, a loss and steps of one's own."""
+    step = "\n".join(_step(config))
+    for ours, own in _TO_OWN:
+        step = step.replace(ours, own)
+    rate = f"# learning rate {config.learning_rate:g}, weight decay {config.weight_decay:g}"
+    return ["import gradreg", "", rate, *_method(config), "", "# in each step, in place of loss.backward():", step]
+
+
 def _method(config: RunConfig) -> list[str]:
     """As `gradreg.lab.attach` does it."""
     if config.method == "SGD":
@@ -85,9 +101,8 @@ def _method(config: RunConfig) -> list[str]:
         rho = _in_its_steps(_rising(config.rho, config), config)
         arguments = [f"gamma={rho}", f"epsilon={rho}", f"ascent=gradreg.{direction}"]
         return _call("gradreg.GradientRegularizer", arguments)
-    assert config.gamma is not None
     epsilon = 1.0 if config.epsilon is None else config.epsilon
-    arguments = [f"gamma={_in_its_steps(_rising(config.gamma, config), config)}"]
+    arguments = [f"gamma={_in_its_steps(_gamma(config), config)}"]
     if config.method == "Split":
         known = {"momentum": "gradreg.Momentum(optimizer)", "previous": "gradreg.Previous()"}
         ascent = known.get(config.ascent, f'"{config.ascent}"')
@@ -96,6 +111,13 @@ def _method(config: RunConfig) -> list[str]:
     arguments += [f"epsilon={epsilon:g}", f'scheme="{_SCHEMES[config.method]}"']
     arguments += [] if config.ascent == "gradient" or config.method == "DB" else [f'ascent="{config.ascent}"']
     return _call("gradreg.GradientRegularizer", [*arguments, *options])
+
+
+def _gamma(config: RunConfig) -> str:
+    if config.ratio is not None:
+        return f"gradreg.TargetRatio({config.ratio:g}, ramp=round({config.warmup:g} * num_steps))"
+    assert config.gamma is not None
+    return _rising(config.gamma, config)
 
 
 def _call(function: str, arguments: Sequence[str]) -> list[str]:

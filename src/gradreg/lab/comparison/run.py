@@ -1,0 +1,132 @@
+"""A comparison from its beginning to its page: the same for the command line and for Python."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gradreg.lab import tasks
+from gradreg.lab.comparison import folder as folders
+from gradreg.lab.comparison.plan import LADDER, Effort, Plan, example
+from gradreg.lab.comparison.schedule import ComparisonSchedule
+from gradreg.lab.folder import BadInput
+from gradreg.lab.runs import Job, run
+from gradreg.lab.sweep.storage import Place
+from gradreg.lab.sweep.study import Study
+from gradreg.lab.sweep.workers import Worker, work_together
+from gradreg.lab.task import Loop
+
+PASSES = {"SGD": 1.0, "Flooding": 1.0, "Central": 3.0, "DB": 3.0, "cheap": 1.2, "MSAM": 1.1, "Split": 1.1}
+"""Gradients in a step, about; two for all others."""
+
+
+@dataclass(frozen=True)
+class Afforded:
+    """What a budget buys."""
+
+    effort: Effort
+    not_afforded: list[str]
+
+
+def check(plan: Plan) -> None:
+    """That there can be a run of each arm, before anything is made.
+
+    Raises:
+        BadInput: a task that does not run, a method that the task does not bear.
+    """
+    task = tasks.task_of(plan.base)
+    for arm in plan.arms:
+        example(plan, arm)
+    if isinstance(task, Loop):
+        return
+    if plan.base.file is not None:
+        tasks.check(plan.base)
+    else:
+        task.build(plan.base.seed)
+
+
+def afforded(plan: Plan, seconds: float, workers: int) -> Afforded:
+    """The most that a budget pays for, by the time of a first epoch, or of a first run where the loop is the user's.
+
+    Raises:
+        BadInput: it does not pay for the least.
+    """
+    base = plan.base
+    is_loop = isinstance(tasks.task_of(base), Loop)
+    probe = base if is_loop else replace(base, epochs=1)
+    took = run(Job(replace(probe, seed=plan.search_seeds[0]), "validation", 0))
+    if took.error:
+        raise BadInput(f"the task must run, and raised {took.error.strip().splitlines()[-1][:200]}.")
+    of_a_run = took.seconds * (1 if is_loop else base.epochs)
+    passes = sum(PASSES.get(arm.name, PASSES.get(arm.method, 2.0)) * arm.epochs for arm in plan.arms)
+
+    def needed(effort: Effort) -> float:
+        return effort.runs * passes * of_a_run / workers * 1.15  # the last runs leave workers idle
+
+    fitting = [effort for effort in LADDER if needed(effort) <= seconds]
+    if not fitting:
+        raise BadInput(
+            f"--budget must be at least {duration(needed(LADDER[-1]))} for {len(plan.arms)} arms of this task with "
+            f"{workers} worker{'s' * (workers > 1)} (a run takes about {duration(of_a_run)}): fewer --methods or "
+            "--epochs need less."
+        )
+    best = fitting[0]
+    buys = f"{best.trials} candidates and {best.seeds} seeds of each arm"
+    said = [f"The budget of {duration(seconds)} pays for {buys}: about {duration(needed(best))}."]
+    if best != LADDER[0]:
+        more = LADDER[LADDER.index(best) - 1]
+        said[0] += f" Not afforded: {more.trials} and {more.seeds}, about {duration(needed(more))}."
+    return Afforded(best, said)
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{max(1, math.ceil(seconds))} s"
+    return f"{math.ceil(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def seconds_of(text: str) -> float:
+    """
+    Raises:
+        BadInput: no duration such as 90s, 30m, 2h.
+    """
+    units = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+    number = text.strip().lower().rstrip("smindh")
+    unit = text.strip().lower()[len(number) :] or "m"
+    try:
+        value = float(number) * units[unit]
+        if not 0 < value <= 90 * 86400:
+            raise ValueError
+    except (ValueError, KeyError):
+        raise BadInput(f"--budget must be a time above 0 such as 90s, 30m or 2h, got {text!a}.") from None
+    return value
+
+
+def begin(plan: Plan, folder: Path, place: Place, command: str, workers: int, not_afforded: Sequence[str]) -> None:
+    """Enter the plan in its study, and write the folder's config.json."""
+    open_study(place, plan)
+    folders.begin(folder, plan, place, command, workers, list(not_afforded))
+
+
+def open_study(place: Place, plan: Plan) -> None:
+    """
+    Raises:
+        BadInput: the study is another's, or of another plan.
+    """
+    with Study(place, plan.as_row()):
+        pass
+
+
+def carry_out(plan: Plan, folder: Path, place: Place, workers: int) -> dict[str, Any]:
+    """Play all runs that are left, with others if there are; what results.json holds."""
+    if plan.base.file is not None and plan.digest != tasks.digest_of(plan.base.file):
+        raise BadInput(
+            f"TASK must be as it was when the comparison began, and {plan.base.file} has changed: begin anew."
+        )
+    schedule = ComparisonSchedule(plan, tasks.task_of(plan.base).metric)
+    work_together(Worker(folder.resolve(), place, False, workers, tasks.sources()), schedule)
+    return folders.conclude(folder, place, plan)
