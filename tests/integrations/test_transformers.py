@@ -430,6 +430,15 @@ def test_resume_is_exact(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(weights_of(model), weights_of(whole)))
 
 
+@pytest.mark.parametrize("content", [b"[]", b"null", b"", b"\xff", b'{"step": 2'])
+def test_a_state_of_another_kind_is_named(content, tmp_path):
+    run(tmp_path, gpt2(), save_strategy="steps", save_steps=2)
+    (tmp_path / "checkpoint-2" / "gradreg.json").write_bytes(content)
+    trainer = RegularizedTrainer(gpt2(), arguments(tmp_path), train_dataset=rows(), data_collator=Collator())
+    with pytest.raises(ValueError, match=r"checkpoint-2/gradreg\.json must be a JSON object"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_a_run_without_the_penalty_can_be_taken_up(tmp_path):
     run(tmp_path, gpt2(), Trainer, TrainingArguments, save_strategy="steps", save_steps=2)
     trainer = RegularizedTrainer(gpt2(), arguments(tmp_path), train_dataset=rows(), data_collator=Collator())

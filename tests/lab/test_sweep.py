@@ -541,6 +541,12 @@ def test_changed_results_of_a_sweep_are_told_and_made_again(begun, capsys):
     assert json.loads(path.read_text())["test"] == whole["test"]
 
 
+def test_a_configuration_that_changes_while_a_sweep_runs_loses_nothing(begun):
+    (begun / "config.json").write_text("[]")
+    with pytest.raises(BadInput, match=r"config\.json' is not a JSON object; put it right"):
+        conclude(begun, Place("sweep", begun))
+
+
 def test_lines_of_runs_that_were_changed_come_back_from_the_study(begun, done):
     path = begun / "runs.jsonl"
     path.write_text(path.read_text().replace('"accuracy": 0.', '"accuracy": 0.1'))

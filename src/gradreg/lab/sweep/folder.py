@@ -135,13 +135,13 @@ def conclude(folder: Path, place: Place) -> Row:
     (folder / ".locks").mkdir(exist_ok=True)
     with locked(folder / ".locks" / "results"):
         if (folder / "results.json").exists():
-            return _results(folder / "results.json")
+            return _read(folder / "results.json", "remove it, and it is made again from the study")
         with Study(place) as study:
             schedule = SweepSchedule(from_plan(study.plan))
             board = study.board()
         rows, summary = schedule.rows(board), schedule.summary(board)
         write_text(folder / "runs.jsonl", "".join(json_line(sealed(row)) for row in rows))
-        config = read_record(folder / "config.json")
+        config = _read(folder / "config.json", "put it right; the runs are kept in the study")
         names = {name for point in summary["points"] for name in point} - _MEASURED
         points = [{name: point[name] for name in point if name in names} for point in summary["points"]]
         results = {
@@ -155,11 +155,11 @@ def conclude(folder: Path, place: Place) -> Row:
         return results
 
 
-def _results(path: Path) -> Row:
+def _read(path: Path, way_out: str) -> Row:
     try:
         return read_record(path)
     except ValueError as error:
-        raise BadInput(f"{shown(path)} {error}; remove it, and it is made again from the study") from None
+        raise BadInput(f"{shown(path)} {error}; {way_out}") from None
 
 
 _MEASURED = {"validation_accuracy", "num_seeds", "diverged"}
