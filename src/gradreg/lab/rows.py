@@ -83,7 +83,11 @@ class DatasetRows:
 
     def batches(self, generator: torch.Generator, batch_size: int) -> Iterable[Batch]:
         rows = [batch.tolist() for batch in order(len(self), generator, batch_size)]
-        return DataLoader(self.dataset, batch_sampler=rows, collate_fn=self.collate, num_workers=self.num_workers)
+        own = torch.Generator()  # of the seeds of workers: the global state stays the run's
+        own.set_state(generator.get_state())
+        return DataLoader(
+            self.dataset, batch_sampler=rows, collate_fn=self.collate, num_workers=self.num_workers, generator=own
+        )
 
     def chunks(self, rows: int | None, numbers: int) -> Iterator[tuple[Batch, int]]:
         del numbers

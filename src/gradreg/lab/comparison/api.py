@@ -165,9 +165,7 @@ class Comparison:
             results = read_record(Path(folder) / "results.json")
             runs = (Path(folder) / "runs.jsonl").read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise BadInput(
-                f"folder must be that of a comparison that has ended, got {shown(folder)}: {error}."
-            ) from None
+            raise BadInput(f"folder must be that of a finished comparison, got {shown(folder)}: {error}.") from None
         if results.get("kind") != "compare":
             raise BadInput(f"folder must be that of a comparison, got {shown(folder)}.")
         return cls(results, runs)
