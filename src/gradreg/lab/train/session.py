@@ -197,7 +197,7 @@ class _Run:
             def should_stop() -> bool:
                 planned = self.trainer.num_steps - first_step
                 epoch = min(self.trainer.place.epoch + 1, epochs)
-                best = f", best on validation rows {self._best:.2%}" if self._best else ""
+                best = f", best {self._best:.1%}" if self._best else ""
                 show(f"epoch {epoch} of {epochs}{best}", self.trainer.step - first_step, planned)
                 return self.group.any(stop.signal is not None)
 
