@@ -58,15 +58,17 @@ __all__ = [
     "warmup",
 ]
 
-_HOMES = {"functional": "gradreg.functional", "Flooding": "gradreg.functional"}
+_ROOMS = ("functional", "training")
+"""Modules that are attributes of the package, whether or not something has imported them."""
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"gradreg.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'gradreg' has no attribute {name!r}")
-    home = import_module(_HOMES.get(name, "gradreg.training"))
-    found = home if name == "functional" else getattr(home, name)
-    globals()[name] = found
+    home = "gradreg.functional" if name == "Flooding" else "gradreg.training"
+    found = globals()[name] = getattr(import_module(home), name)
     return found
 
 

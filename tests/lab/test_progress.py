@@ -1,9 +1,11 @@
 """Progress where there is no terminal: rare plain lines, and one line in a notebook."""
 
 import sys
+from io import StringIO
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from gradreg.lab import progress
 from gradreg.lab.progress import Lines, progress_bar
@@ -94,6 +96,14 @@ def test_a_notebook_has_one_line_in_which_the_last_stays(monkeypatch, capsys):
     assert [list(page) for page in pages] == [["text/plain"]]
     assert pages[0]["text/plain"].startswith("training: 3 of 3")
     assert capsys.readouterr() == ("", "")
+
+
+def test_on_80_columns_a_long_word_gives_way_and_not_the_numbers():
+    page = StringIO()
+    with progress._bar(Console(file=page, width=80, force_terminal=True, color_system=None)) as show:
+        show("epoch 300 of 300, best 70.2%, and more than there is room for", 300, 300)
+    assert "300/300 0:00:00 left 0:00:00" in page.getvalue()
+    assert "epoch 300 of 300, best 70.2%" in page.getvalue()
 
 
 def test_a_shell_of_ipython_is_a_terminal_or_a_pipe(monkeypatch):

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 EVERY = 30.0
 """Seconds before the first line where there is no terminal, and between two."""
@@ -112,13 +113,13 @@ def _rewritten() -> Callable[[str], None]:
 @contextmanager
 def _bar(console: Console) -> Iterator[Show]:
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
+        TextColumn("{task.description}", table_column=Column(ratio=2, no_wrap=True, overflow="ellipsis")),
+        BarColumn(bar_width=None, table_column=Column(ratio=1)),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, expand=True) as bar:  # what is long gives way, not the numbers
         line = bar.add_task("starting", total=None)
         yield lambda what, done, planned: bar.update(line, description=what, completed=done, total=planned)

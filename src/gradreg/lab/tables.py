@@ -18,7 +18,7 @@ _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
 def console() -> Console:
     """As wide as the terminal; of a fixed width in a pipe."""
     own = Console()
-    return own if own.is_terminal else Console(width=WIDTH)
+    return own if own.is_terminal else Console(width=WIDTH, force_jupyter=False)  # text, in the order of other text
 
 
 def say(out: Console, *lines: str) -> None:

@@ -238,9 +238,7 @@ class _Run:
                 planned = self.trainer.num_steps - first_step
                 epoch = min(self.trainer.place.epoch + 1, epochs)
                 metric = self.trainer.task.metric
-                best = (
-                    "" if self._best is None else f", best on validation rows {metric.shown(self._best)}{metric.unit}"
-                )
+                best = "" if self._best is None else f", best {metric.written(self._best)}"
                 show(f"epoch {epoch} of {epochs}{best}", self.trainer.step - first_step, planned)
                 return self.group.any(stop.signal is not None)
 
