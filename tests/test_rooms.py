@@ -22,7 +22,10 @@ RANKS = {
 }
 RANKS |= {"cli": 6, "__main__": 7}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
-EXTRAS = "rich matplotlib sklearn scipy optuna yaml safetensors jinja2 cyclopts mnist1d transformers lightning trl"
+EXTRAS = (
+    "cloudpickle rich matplotlib sklearn scipy optuna yaml safetensors jinja2 cyclopts mnist1d "
+    "transformers lightning trl"
+)
 
 
 def room(parts):

@@ -10,7 +10,10 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-_NEEDED = ("cyclopts", "jinja2", "matplotlib", "mnist1d", "optuna", "rich", "safetensors", "scipy", "sklearn", "yaml")
+_NEEDED = (
+    *("cloudpickle", "cyclopts", "jinja2", "matplotlib", "mnist1d", "optuna"),
+    *("rich", "safetensors", "scipy", "sklearn", "yaml"),
+)
 
 
 def main(tokens: Sequence[str] | None = None) -> int:

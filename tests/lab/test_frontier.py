@@ -25,11 +25,12 @@ from gradreg.studies.frontier.tune import (
     SEEDS,
     SHIPPED,
     START,
-    Search,
     moved,
+    search_of,
     shipped,
     starts,
 )
+from gradreg.studies.frontier.tune import candidate as candidate_at
 
 AT = Candidate(0.1, 1e-3, {})
 TASK = replace(TASKS["tiny noisy data"], epochs=2, width=8)
@@ -74,35 +75,35 @@ def test_a_split_batch_keeps_its_share_and_an_average_ends_at_all_steps():
 def play(search, score):
     tried = []
     while asked := search.ask():
-        for candidate in asked:
-            search.tell(candidate, [score(candidate)] * SEEDS)
-        tried += asked
+        for point in asked:
+            search.tell(point, [score(candidate_at(point))] * SEEDS)
+        tried += map(candidate_at, asked)
     return tried
 
 
 @pytest.mark.parametrize("name", [name for name, mode in MODES.items() if mode.rate is None and name != PLAIN.name])
 def test_every_mode_has_as_many_candidates_none_twice(name):
-    search = Search(MODES[name], starts(MODES[name], AT), CANDIDATES)
+    search = search_of(MODES[name], starts(MODES[name], AT), CANDIDATES)
     tried = play(search, lambda c: -sum(math.log(v) ** 2 for v in c.values().values()))
     assert len(tried) == CANDIDATES
     assert len(set(tried)) == len(tried)
 
 
 def test_the_climb_goes_on_from_the_best():
-    search = Search(PLAIN, START, 200)
+    search = search_of(PLAIN, START, 200)
     play(search, lambda c: -abs(math.log(c.learning_rate / 0.002)) - abs(math.log(c.weight_decay / 0.03)))
-    assert search.best.learning_rate == pytest.approx(0.002, rel=0.2)
-    assert search.best.weight_decay == pytest.approx(0.03, rel=0.2)
+    assert search.best["learning_rate"] == pytest.approx(0.002, rel=0.2)
+    assert search.best["weight_decay"] == pytest.approx(0.03, rel=0.2)
 
 
 def test_a_rate_that_belongs_to_the_mode_is_not_tuned():
     mode = MODES["plain, larger rate"]
-    tried = play(Search(mode, starts(mode, AT), CANDIDATES), lambda c: -c.weight_decay)
+    tried = play(search_of(mode, starts(mode, AT), CANDIDATES), lambda c: -c.weight_decay)
     assert {c.learning_rate for c in tried} == {2 * AT.learning_rate}
 
 
 def test_the_choice_is_the_best_of_the_finalists():
-    search = Search(PLAIN, START, 9)
+    search = search_of(PLAIN, START, 9)
     play(search, lambda c: c.learning_rate)
     first, second = search.finalists(2)
     search.tell(first, [0.0] * 4)

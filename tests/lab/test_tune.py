@@ -7,7 +7,7 @@ from gradreg.lab.commands import LAST_SEED
 from gradreg.lab.runs import Result
 from gradreg.studies.demo import tune as tuning
 from gradreg.studies.demo.tasks import TASKS
-from gradreg.studies.demo.tune import FACTOR, FIRST_SEED, GRIDS, SHIPPED, START, Scored, best, neighbors, tune
+from gradreg.studies.demo.tune import FACTOR, FIRST_SEED, GRIDS, SHIPPED, START, around, of_method, of_sgd, tune
 
 TASK = next(iter(TASKS.values()))
 
@@ -29,15 +29,18 @@ def test_every_method_but_sgd_has_as_many_settings():
 
 
 def test_a_lattice_point_is_itself_again_on_the_way_back():
-    there = next(c for c in neighbors(START, FACTOR) if c.learning_rate < START.learning_rate)
-    assert START in neighbors(there, FACTOR)
-    assert len(set(map(str, neighbors(START, FACTOR)))) == 8
+    there = next(p for p in around(START, FACTOR) if p["learning_rate"] < START["learning_rate"])
+    assert START in around(there, FACTOR)
+    assert len(set(map(str, around(START, FACTOR)))) == 8
 
 
 def test_the_first_among_equals_wins():
-    first, second = neighbors(START, FACTOR)[:2]
-    assert best([Scored(first, 0.5), Scored(second, 0.5)]) is first
-    assert best([Scored(first, 0.5), Scored(second, 0.6)]) is second
+    search = of_sgd()
+    points = search.ask()
+    for point in points:
+        search.tell(point, [0.5])
+    assert search.best == points[0] == START
+    assert of_method("SAM", START).ask()[0] == {**START, "rho": 0.01}
 
 
 @pytest.fixture

@@ -99,9 +99,8 @@ def conclude(folder: Path, place: Place, plan: Plan) -> Row:
         schedule = ComparisonSchedule(plan, task_of(plan.base).metric)
         with Study(place) as study:
             board = study.board()
-        lines = schedule.rows(board)
+        lines = _without_tracebacks(folder, schedule.rows(board))
         write_text(folder / "runs.jsonl", "".join(json_line(sealed(line)) for line in lines))
-        _keep_tracebacks(folder, lines)
         costs, how_cost = _costs(schedule, board)
         results = {
             **read_record(folder / "config.json"),
@@ -115,11 +114,18 @@ def conclude(folder: Path, place: Place, plan: Plan) -> Row:
         return results
 
 
-def _keep_tracebacks(folder: Path, lines: list[Row]) -> None:
-    failed = [line for line in lines if line.get("error")]
-    for k, line in enumerate(failed):
-        (folder / "failed").mkdir(exist_ok=True)
-        write_text(folder / "failed" / f"{k:04d}-{line['method']}-seed-{line['seed']}.txt", line["error"])
+def _without_tracebacks(folder: Path, lines: list[Row]) -> list[Row]:
+    """Runs that failed with their last line; the whole of it is a file in failed/."""
+    found = []
+    for line in lines:
+        if line.get("error"):
+            place = folder / "failed"
+            place.mkdir(exist_ok=True)
+            count = len(list(place.iterdir()))
+            write_text(place / f"{count:04d}-seed-{line['seed']}.txt", line["error"])
+            line = {**line, "error": line["error"].strip().splitlines()[-1]}
+        found.append(line)
+    return found
 
 
 def _costs(schedule: ComparisonSchedule, board: Board) -> tuple[dict[str, Row], str]:

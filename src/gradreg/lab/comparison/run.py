@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradreg.lab import tasks
+from gradreg.lab.batched import is_worthwhile
 from gradreg.lab.comparison import folder as folders
 from gradreg.lab.comparison.plan import LADDER, Effort, Plan, example
 from gradreg.lab.comparison.schedule import ComparisonSchedule
@@ -127,6 +128,8 @@ def carry_out(plan: Plan, folder: Path, place: Place, workers: int) -> dict[str,
         raise BadInput(
             f"TASK must be as it was when the comparison began, and {plan.base.file} has changed: begin anew."
         )
-    schedule = ComparisonSchedule(plan, tasks.task_of(plan.base).metric)
-    work_together(Worker(folder.resolve(), place, False, workers, tasks.sources()), schedule)
+    task = tasks.task_of(plan.base)
+    stacks = not isinstance(task, Loop) and all(is_worthwhile(example(plan, arm)) for arm in plan.arms)
+    schedule = ComparisonSchedule(plan, task.metric)
+    work_together(Worker(folder.resolve(), place, stacks, workers, tasks.sources()), schedule)
     return folders.conclude(folder, place, plan)

@@ -10,6 +10,7 @@ from typing import Any
 
 from gradreg.lab.comparison.arms import Arm, center_of
 from gradreg.lab.comparison.plan import Plan
+from gradreg.lab.folder import BadInput
 from gradreg.lab.metric import Metric
 from gradreg.lab.runs import Job, Result
 from gradreg.lab.search import Climb, Point, replayed
@@ -78,6 +79,9 @@ class ComparisonSchedule(Schedule):
             for seed in plan.search_seeds
             for k, point in enumerate(everything)
         ]
+        if runs and all(r is not None and all(run.error for run in r) for r in runs):
+            last = (runs[-1] or [])[-1].error.strip().splitlines()[-1]
+            raise BadInput(f"every run of {self.arms[a].name} has failed, the last with {last[:200]}")
         found = Progress(entries, None, tried)
         if asked or any(r is None for r in runs) or not points:
             return found

@@ -21,7 +21,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
@@ -32,6 +31,7 @@ from gradreg.lab.config import RunConfig, configure
 from gradreg.lab.folder import append_line, write_json
 from gradreg.lab.player import run_all
 from gradreg.lab.runs import Job, record
+from gradreg.lab.search import Climb, Point, rounded
 
 FIRST_SEED = 1_000_000  # the demo's seeds lie below
 FACTOR = 3.0
@@ -57,24 +57,7 @@ GRIDS: dict[str, tuple[Settings, ...]] = {
 """The methods of the demo, each with the settings that are tried: the same number for each but SGD."""
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A point to try."""
-
-    learning_rate: float
-    weight_decay: float
-    settings: Settings
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A point and its validation accuracy, averaged over seeds."""
-
-    candidate: Candidate
-    accuracy: float
-
-
-START = Candidate(learning_rate=0.054, weight_decay=2.7e-3, settings={})  # 2·3³e-3 and 3³e-4: exact thirds
+START: Point = {"learning_rate": 0.054, "weight_decay": 2.7e-3}  # 2·3³e-3 and 3³e-4: exact thirds
 Key = tuple[str, str]  # task and method
 Progress = Callable[[str, int, int], None]  # what is running, runs done, runs planned
 
@@ -85,48 +68,36 @@ def tune(
     """Run the four rounds, keep every run in trials.jsonl and the choice in demo.json; return the choice."""
     started = time.perf_counter()
     by_name = {task.task: task for task in tasks}
-    scored: dict[Key, list[Scored]] = {(task, method): [] for task in by_name for method in GRIDS}
 
-    def play(label: str, candidates: Mapping[Key, Sequence[Candidate]]) -> None:
-        entries = [(key, candidate) for key, row in candidates.items() for candidate in row]
-        jobs = [
-            Job(configure(by_name[task], method, asdict(c), seed), "validation", num_records=0)
-            for (task, method), c in entries
-            for seed in seeds
-        ]
-        accuracies = [0.0] * len(jobs)
-        with closing(run_all(jobs, workers)) as results:
-            for done, (k, result) in enumerate(results, 1):
-                append_line(folder / "trials.jsonl", record(jobs[k], result))
-                accuracies[k] = result.score
-                progress(label, done, len(jobs))
-        for k, (key, candidate) in enumerate(entries):
-            of_seeds = accuracies[k * len(seeds) : (k + 1) * len(seeds)]
-            scored[key].append(Scored(candidate, sum(of_seeds) / len(seeds)))
+    def search(label: str, searches: Mapping[Key, Climb]) -> None:
+        """Rounds of all at once, so that no worker waits for the last run of one."""
+        round_ = 0
+        while asked := [(key, point) for key, found in searches.items() for point in found.ask()]:
+            round_ += 1
+            jobs = [
+                Job(configure(by_name[task], method, _chosen(point), seed), "validation", num_records=0)
+                for (task, method), point in asked
+                for seed in seeds
+            ]
+            accuracies = [0.0] * len(jobs)
+            with closing(run_all(jobs, workers)) as results:
+                for done, (k, result) in enumerate(results, 1):
+                    append_line(folder / "trials.jsonl", record(jobs[k], result))
+                    accuracies[k] = result.score
+                    progress(f"{label}, round {round_}", done, len(jobs))
+            for k, (key, point) in enumerate(asked):
+                searches[key].tell(point, accuracies[k * len(seeds) : (k + 1) * len(seeds)])
 
-    def untried(key: Key, candidates: Sequence[Candidate]) -> list[Candidate]:
-        tried = [s.candidate for s in scored[key]]
-        return [candidate for candidate in candidates if candidate not in tried]
-
-    sgd = [(task, "SGD") for task in by_name]
-    candidates = {key: [START, *neighbors(START, FACTOR)] for key in sgd}
-    for climb in range(1, MOST_CLIMBS + 1):
-        play(f"SGD, climb {climb}", candidates)
-        candidates = {key: untried(key, neighbors(best(scored[key]), FACTOR)) for key in sgd}
-        if not any(candidates.values()):
-            break
-    play("SGD, half steps", {key: neighbors(best(scored[key]), FACTOR**0.5) for key in sgd})
-    others = [key for key in scored if key[1] != "SGD"]
-    at = {task: best(scored[task, "SGD"]) for task in by_name}
-    play(
-        "other methods, settings",
-        {
-            (task, method): [replace(c, settings=s) for c in (at[task], less_decay(at[task])) for s in GRIDS[method]]
-            for task, method in others
-        },
-    )
-    play("other methods, neighbors", {key: untried(key, beside(best(scored[key]), FACTOR)) for key in others})
-
+    plain = {(task, "SGD"): of_sgd() for task in by_name}
+    search("SGD", plain)
+    others = {
+        (task, method): of_method(method, plain[task, "SGD"].best)
+        for task in by_name
+        for method in GRIDS
+        if method != "SGD"
+    }
+    search("other methods", others)
+    found = {**plain, **others}
     choice = {
         "command": f"gradreg tune --seed {seeds[0] - FIRST_SEED} --seeds {len(seeds)}",
         "date": time.strftime("%Y-%m-%d"),
@@ -134,49 +105,53 @@ def tune(
         "machine": f"CPU cores: {os.cpu_count()}, processes: {workers}",
         "versions": versions(),
         "seeds": list(seeds),
-        "tasks": {task: {method: _choice(scored[task, method], len(seeds)) for method in GRIDS} for task in by_name},
+        "tasks": {task: {method: _choice(found[task, method], len(seeds)) for method in GRIDS} for task in by_name},
     }
     write_json(folder / "demo.json", choice)
     return choice
 
 
-def best(scored: Sequence[Scored]) -> Candidate:
-    """The highest validation accuracy; the first among equals."""
-    return max(scored, key=lambda s: s.accuracy).candidate
+def of_sgd() -> Climb:
+    """Rounds 1 and 2: a lattice, and half a step around what it comes to."""
+    return Climb([START, *around(START, FACTOR)], neighbors=around, steps=[(FACTOR, MOST_CLIMBS - 1), (FACTOR**0.5, 1)])
 
 
-def neighbors(center: Candidate, factor: float) -> list[Candidate]:
+def of_method(method: str, plain: Point) -> Climb:
+    """Rounds 3 and 4: its settings at SGD's point and at a third of its weight decay, then beside the best of these."""
+    less_decay = {**plain, "weight_decay": rounded(plain["weight_decay"] / FACTOR)}
+    start = [{**point, **settings} for point in (plain, less_decay) for settings in GRIDS[method]]
+    return Climb(start, neighbors=beside, steps=[(FACTOR, 1)])
+
+
+def around(point: Point, factor: float) -> list[Point]:
     """The eight points around one, learning rate and weight decay times 1 or `factor` or divided by it."""
     factors = (1 / factor, 1.0, factor)
+    rate, decay = point["learning_rate"], point["weight_decay"]
     return [
-        Candidate(_rounded(center.learning_rate * a), _rounded(center.weight_decay * b), center.settings)
+        {**point, "learning_rate": rounded(rate * a), "weight_decay": rounded(decay * b)}
         for a, b in product(factors, factors)
         if (a, b) != (1.0, 1.0)
     ]
 
 
-def beside(center: Candidate, factor: float) -> list[Candidate]:
+def beside(point: Point, factor: float) -> list[Point]:
     """Of these eight, the four that differ in the learning rate alone or in the weight decay alone."""
     return [
-        c
-        for c in neighbors(center, factor)
-        if (c.learning_rate == center.learning_rate) != (c.weight_decay == center.weight_decay)
+        other
+        for other in around(point, factor)
+        if (other["learning_rate"] == point["learning_rate"]) != (other["weight_decay"] == point["weight_decay"])
     ]
 
 
-def less_decay(center: Candidate) -> Candidate:
-    return replace(center, weight_decay=_rounded(center.weight_decay / FACTOR))
+def _chosen(point: Point) -> dict[str, Any]:
+    """As `configure` takes it."""
+    settings = {name: value for name, value in point.items() if name not in START}
+    return {**{name: point[name] for name in START}, "settings": settings}
 
 
-def _rounded(value: float) -> float:
-    """Three digits, so that a lattice point is itself again from wherever it is reached."""
-    return float(f"{value:.3g}")
-
-
-def _choice(scored: Sequence[Scored], num_seeds: int) -> dict[str, Any]:
-    chosen = max(scored, key=lambda s: s.accuracy)
+def _choice(search: Climb, num_seeds: int) -> dict[str, Any]:
     return {
-        **asdict(chosen.candidate),
-        "validation_accuracy": round(chosen.accuracy, 4),
-        "trials": len(scored) * num_seeds,
+        **_chosen(search.best),
+        "validation_accuracy": round(search.mean(search.best), 4),
+        "trials": len(search) * num_seeds,
     }

@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from gradreg.lab.about import versions
-from gradreg.lab.batched import run_all_batched
 from gradreg.lab.config import RunConfig
 from gradreg.lab.folder import append_line, write_json
+from gradreg.lab.player import play
 from gradreg.lab.runs import Job, record
+from gradreg.lab.search import Climb, Point, rounded, shrinking
 from gradreg.studies.demo.tune import FIRST_SEED
 from gradreg.studies.frontier.modes import FULL, PLAIN, Candidate, Mode, job
 
@@ -44,64 +45,31 @@ Key = tuple[str, str]  # task and mode
 Progress = Callable[[str, int, int], None]
 
 
-class Search:
-    """The candidates of one mode on one task, in the order in which they were tried."""
+def search_of(mode: Mode, start: Sequence[Candidate], num_candidates: int) -> Climb:
+    """The candidates of one mode on one task."""
 
-    def __init__(self, mode: Mode, start: Sequence[Candidate], num_candidates: int) -> None:
-        self.mode = mode
-        self.scores: dict[Candidate, list[float]] = {}
-        self._start = list(start)
-        self._left = num_candidates
-        self._step = STEP
+    def neighbors(point: Point, step: float) -> list[Point]:
+        center = candidate(point)
+        names = center.values().keys() - ({"learning_rate"} if mode.rate is not None else set())
+        found = [moved(center, name, factor, mode).values() for factor in (step, 1 / step) for name in names]
+        return sorted(found, key=lambda values: tuple(values.values()))
 
-    def ask(self) -> list[Candidate]:
-        """What to try next; empty at the end."""
-        found = self._start
-        self._start = []
-        while not found and self._left and self._step > 1.05:
-            found = [c for c in self._neighbors(self.best) if c not in self.scores]
-            if not found:
-                self._step **= 0.5
-        found = list(dict.fromkeys(found))[: self._left]
-        self._left -= len(found)
-        return found
+    return Climb([c.values() for c in start], num_candidates, neighbors, shrinking(STEP))
 
-    def tell(self, candidate: Candidate, scores: Sequence[float]) -> None:
-        self.scores.setdefault(candidate, []).extend(scores)
 
-    def mean(self, candidate: Candidate) -> float:
-        return sum(self.scores[candidate]) / len(self.scores[candidate])
-
-    @property
-    def best(self) -> Candidate:
-        """The highest mean; the first among equals."""
-        return max(self.scores, key=self.mean)
-
-    def finalists(self, count: int) -> list[Candidate]:
-        return sorted(self.scores, key=self.mean, reverse=True)[:count]
-
-    def choice(self) -> Candidate:
-        """The best of those with the most scores."""
-        most = max(map(len, self.scores.values()))
-        return max((c for c in self.scores if len(self.scores[c]) == most), key=self.mean)
-
-    def _neighbors(self, center: Candidate) -> list[Candidate]:
-        found = []
-        fixed = {"learning_rate"} if self.mode.rate is not None else set()
-        for factor in (self._step, 1 / self._step):
-            for name in center.values().keys() - fixed:
-                found.append(moved(center, name, factor, self.mode))
-        return sorted(found, key=lambda c: tuple(c.values().values()))
+def candidate(point: Point) -> Candidate:
+    settings = {name: value for name, value in point.items() if name not in ("learning_rate", "weight_decay")}
+    return Candidate(point["learning_rate"], point["weight_decay"], settings)
 
 
 def moved(center: Candidate, name: str, factor: float, mode: Mode) -> Candidate:
     """One number times a factor, to three digits; a split batch keeps its share, an average is at most of all steps."""
     if name in ("learning_rate", "weight_decay"):
-        return replace(center, **{name: _rounded(getattr(center, name) * factor)})
+        return replace(center, **{name: rounded(getattr(center, name) * factor)})
     settings = dict(center.settings)
     names = ("gamma", "epsilon") if mode.method == "Split" else (name,)
     for own in names:
-        settings[own] = _rounded(settings[own] * factor)
+        settings[own] = rounded(settings[own] * factor)
     if "average" in settings:
         settings["average"] = min(1.0, settings["average"])
     return replace(center, settings=settings)
@@ -118,34 +86,34 @@ def tune(
     """Search, keep every run in trials.jsonl and the choice in frontier.json; return the choice."""
     started = time.perf_counter()
     first = FIRST_SEED + seed
-    searches: dict[Key, Search] = {(task, PLAIN.name): Search(PLAIN, START, CANDIDATES) for task in tasks}
+    searches = {(task, PLAIN.name): search_of(PLAIN, START, CANDIDATES) for task in tasks}
 
-    def play(label: str, asked: Mapping[Key, Sequence[Candidate]], seeds: Sequence[int]) -> None:
-        entries = [(key, candidate) for key, row in asked.items() for candidate in row]
+    def run_round(label: str, asked: Mapping[Key, Sequence[Point]], seeds: Sequence[int]) -> None:
+        entries = [(key, point) for key, row in asked.items() for point in row]
         jobs = [
-            job(tasks[task], modes[mode], candidate, seed, "validation")
-            for (task, mode), candidate in entries
+            job(tasks[task], modes[mode], candidate(point), seed, "validation")
+            for (task, mode), point in entries
             for seed in seeds
         ]
         scores = play_all(jobs, workers, folder / "trials.jsonl", label, progress)
-        for k, (key, candidate) in enumerate(entries):
-            searches[key].tell(candidate, scores[k * len(seeds) : (k + 1) * len(seeds)])
+        for k, (key, point) in enumerate(entries):
+            searches[key].tell(point, scores[k * len(seeds) : (k + 1) * len(seeds)])
 
     def climb(label: str, keys: Iterable[Key]) -> None:
         keys, round_ = list(keys), 1
         while asked := {key: row for key in keys if (row := searches[key].ask())}:
-            play(f"{label}, round {round_}", asked, range(first, first + SEEDS))
+            run_round(f"{label}, round {round_}", asked, range(first, first + SEEDS))
             round_ += 1
         finals = {key: searches[key].finalists(FINALISTS) for key in keys}
-        play(f"{label}, final", finals, range(first + SEEDS, first + SEEDS + FINAL_SEEDS))
+        run_round(f"{label}, final", finals, range(first + SEEDS, first + SEEDS + FINAL_SEEDS))
 
     climb("plain", list(searches))
     for task in tasks:
-        plain = searches[task, PLAIN.name].choice()
+        plain = candidate(searches[task, PLAIN.name].choice())
         for name, mode in modes.items():
             if name != PLAIN.name:
                 count = CANDIDATES_OF_FULL if name == FULL.name else CANDIDATES
-                searches[task, name] = Search(mode, starts(mode, plain), count)
+                searches[task, name] = search_of(mode, starts(mode, plain), count)
     climb("modes", [key for key in searches if key[1] != PLAIN.name])
 
     seeds = list(range(first, first + SEEDS + FINAL_SEEDS))
@@ -164,8 +132,8 @@ def tune(
 
 def starts(mode: Mode, plain: Candidate) -> list[Candidate]:
     """At plain training's learning rate, or the mode's multiple of it, with its weight decay and a third of it."""
-    rate = _rounded(plain.learning_rate * (mode.rate or 1.0))
-    decays = (plain.weight_decay, _rounded(plain.weight_decay / DECAY))
+    rate = rounded(plain.learning_rate * (mode.rate or 1.0))
+    decays = (plain.weight_decay, rounded(plain.weight_decay / DECAY))
     return [Candidate(rate, decay, settings) for decay in decays for settings in mode.start]
 
 
@@ -177,7 +145,7 @@ def play_all(jobs: Sequence[Job], workers: int, lines: Path, label: str, progres
 def play_rows(jobs: Sequence[Job], workers: int, lines: Path, label: str, progress: Progress) -> list[dict[str, Any]]:
     """Runs in stacks; what `runs.record` says of each."""
     rows: list[dict[str, Any]] = [{}] * len(jobs)
-    with closing(run_all_batched(jobs, workers)) as results:
+    with closing(play(jobs, workers)) as results:
         for done, (k, result) in enumerate(results, 1):
             rows[k] = {**record(jobs[k], result), "average": jobs[k].average, "carries": jobs[k].carries}
             append_line(lines, rows[k])
@@ -195,15 +163,11 @@ def shipped() -> dict[str, dict[str, Candidate]]:
     }
 
 
-def _chosen(search: Search) -> dict[str, Any]:
-    chosen = search.choice()
+def _chosen(search: Climb) -> dict[str, Any]:
+    point = search.choice()
     return {
-        **asdict(chosen),
-        "validation_accuracy": round(search.mean(chosen), 4),
-        "candidates": len(search.scores),
-        "runs": sum(map(len, search.scores.values())),
+        **asdict(candidate(point)),
+        "validation_accuracy": round(search.mean(point), 4),
+        "candidates": len(search),
+        "runs": sum(len(search.of(tried)) for tried in search.finalists(len(search))),
     }
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.3g}")
