@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from gradreg.lab.commands.options import LAST_SEED, MOST_WORKERS, Device, Out, app, nothing_in, switch, whole
+from gradreg.lab.commands.task_argument import TaskWord, together
+from gradreg.lab.config import from_mapping
 from gradreg.lab.folder import BadInput, new_folder
 from gradreg.lab.names import meant, suggestion
 
@@ -53,8 +56,16 @@ Depths = Annotated[
 ]
 
 
+def _refuse(task: str, options: dict[str, Any]) -> None:
+    for name, given in options.items():
+        if given:
+            raise BadInput(f"{name} must be left out with TASK {task}, which decides what is measured.")
+
+
 @app.command
 def cost(
+    task: TaskWord = None,
+    /,
     *,
     quick: Annotated[bool, switch("--quick", "Three models, small batches: under a minute.")] = False,
     models: Models = None,
@@ -79,6 +90,16 @@ def cost(
     from gradreg.lab.train.processes import resolve
 
     threads = threads or torch.get_num_threads()
+    if task is not None:
+        _refuse(task, {"--models": models, "--depths": depths, "--grid": grid, "--quick": quick, "--seed": seed})
+        from gradreg.lab.cost.own import Plan as OwnPlan
+        from gradreg.lab.cost.own import run_own
+
+        costs.keep_heap()
+        config = from_mapping({**together(task, {}), "device": device})
+        with nothing_in(out or Path("results")):
+            run_own(OwnPlan(config, rounds, threads), lambda: new_folder(out, "cost"))
+        return
     if grid:
         for field, given in {
             "--models": models,

@@ -1,0 +1,159 @@
+"""`gradreg cost TASK`: what a step of each method costs on a task, of the user's own or built-in."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from gradreg.lab import tasks
+from gradreg.lab.about import provenance
+from gradreg.lab.config import RunConfig
+from gradreg.lab.cost import steps as costs
+from gradreg.lab.cost.measure import COMPARED
+from gradreg.lab.folder import BadInput, write_json
+from gradreg.lab.page import Block, Items, Page, made, plain, publish, tell
+from gradreg.lab.progress import progress_bar
+from gradreg.lab.tables import Table
+from gradreg.lab.task import Task
+
+CHEAP = {"method": "F-GR", "gamma": 0.05, "epsilon": 0.5, "lookahead": 0.03, "fraction": 0.1}
+PERIOD = 3
+"""Of `cheap`: it has its penalty in every third step."""
+SECONDS, MOST_ROUNDS, LEAST_ROUNDS = 40.0, 60, 6
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured."""
+
+    config: RunConfig
+    rounds: int | None = None
+    threads: int = 1
+
+    @property
+    def command(self) -> str:
+        config = self.config
+        word = config.data if config.file is None else tasks.word_of(config.file)
+        rounds = f" --rounds {self.rounds}" if self.rounds else ""
+        return f"gradreg cost {word}{rounds} --threads {self.threads} --device {config.device}"
+
+
+def run_own(plan: Plan, folder: Callable[[], Path]) -> Row:
+    """Measure, then make the folder, print and write; return what results.json holds.
+
+    Raises:
+        BadInput: a task that does not run; no folder is made.
+    """
+    started = time.perf_counter()
+    torch.set_num_threads(plan.threads)
+    task, device = tasks.trained(plan.config), costs_device(plan.config)
+    if plan.config.file is not None:
+        tasks.check(plan.config)
+    made_steps, refused = _steps(plan.config, task, device)
+    clock = costs.clock_for(device, plan.threads)
+    with progress_bar() as show:
+        rounds = plan.rounds or _rounds(made_steps, clock)
+        done = 0
+
+        def one_more() -> None:
+            nonlocal done
+            done += 1
+            show("cost of a step", done, rounds + 1)
+
+        seconds = costs.paired_seconds(made_steps, rounds, clock, warm_up=1, progress=one_more)
+    place = folder()
+    results: Row = {
+        "name": place.name,
+        **provenance(plan.command),
+        "kind": "cost",
+        "task": plan.config.task,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "clock": "processor time" if costs.is_processor_time(device, plan.threads) else "wall-clock time",
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "rounds": rounds,
+        "batch_size": plan.config.batch_size,
+        "parameters": sum(p.numel() for p in task.build(0).parameters()),
+        "sgd_seconds": median(seconds["SGD"]),
+        "methods": _rows(seconds, refused),
+    }
+    results["seconds"] = round(time.perf_counter() - started, 1)
+    write_json(place / "results.json", results)
+    publish(Page(f"What a step costs on {results['task']}", [*_told(results), made(results)], "gradreg cost"), place)
+    tell(_told(results), results, place)
+    return results
+
+
+def costs_device(config: RunConfig) -> torch.device:
+    from gradreg.lab.train.processes import resolve
+
+    return resolve(config.device)
+
+
+def _configs(config: RunConfig) -> dict[str, RunConfig]:
+    base = replace(config, warmup=0.0)
+    found = {name: replace(base, method=name, **settings) for name, settings in COMPARED.items()}
+    return {**found, "cheap": replace(base, **CHEAP)}
+
+
+def _steps(config: RunConfig, task: Task, device: torch.device) -> tuple[dict[str, costs.Step], dict[str, str]]:
+    """A step of each method that the model bears, and why the others are not there."""
+    found: dict[str, costs.Step] = {}
+    refused: dict[str, str] = {}
+    for name, own in _configs(config).items():
+        try:
+            step = costs.make_step(own, task, device)
+            step()
+            found[name] = step
+        except Exception as error:  # a model that cannot be differentiated twice, rows that cannot be divided
+            if name == "SGD":
+                raise BadInput(f"a step of SGD must run, and raised {type(error).__name__}: {error}") from error
+            refused[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return found, refused
+
+
+def _rounds(steps: Mapping[str, costs.Step], clock: costs.Clock) -> int:
+    started = time.perf_counter()
+    costs.paired_seconds(steps, 1, clock, warm_up=0)
+    return int(min(MOST_ROUNDS, max(LEAST_ROUNDS, SECONDS / (time.perf_counter() - started))))
+
+
+def _rows(seconds: Mapping[str, list[float]], refused: Mapping[str, str]) -> list[Row]:
+    rows: list[Row] = []
+    for name in (*COMPARED, "cheap"):
+        if name in refused:
+            rows.append({"name": name, "time": None, "refused": refused[name]})
+            continue
+        took, plain_ = seconds[name], seconds["SGD"]
+        if name == "cheap":
+            took = [(a + (PERIOD - 1) * b) / PERIOD for a, b in zip(took, plain_)]
+        rows.append({"name": name, "time": asdict(costs.median_ratio(took, plain_)), "refused": ""})
+    return rows
+
+
+def _told(results: Row) -> list[Block]:
+    rows = []
+    for row in results["methods"]:
+        time_ = row["time"]
+        cells = ("–", "") if time_ is None else (f"{time_['median']:.2f}", f"{time_['low']:.2f} to {time_['high']:.2f}")
+        rows.append((row["name"], *cells))
+    table = Table(f"Time of a step on {results['task']}, over SGD's", ("method", "ratio", "95% interval"), rows)
+    load = f", load {results['load']:g} at the start" if results["load"] is not None else ""
+    notes = [
+        f"SGD: {1e3 * results['sgd_seconds']:.3g} ms a step, batches of {results['batch_size']}, "
+        f"{results['parameters']:,} parameters; {results['device']}{load}.",
+        f"Median over {results['rounds']} rounds of the ratio to the SGD step of the same round, in "
+        f"{results['clock']}, with its 95% interval by bootstrap. Reading of data is not counted.",
+        "F-GR, B-GR and SAM are two gradients, the centered difference and double backpropagation about three; cheap "
+        "has its penalty on a tenth of the batch in every third step.",
+        *(f"{row['name']} was not measured: {row['refused']}." for row in results["methods"] if row["refused"]),
+    ]
+    return [table, Items([plain(note) for note in notes])]
