@@ -29,7 +29,7 @@ def toy(tmp_path_factory):
 
 def test_the_folder_holds_what_was_measured(toy):
     results, folder = toy
-    assert {path.name for path in folder.iterdir()} == {"config.json", "results.json", "cost.svg"}
+    assert {path.name for path in folder.iterdir()} == {"config.json", "results.json", "cost.svg", "report.html"}
     stored = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert stored == json.loads(json.dumps(results))
     assert [case["name"] for case in stored["cases"]] == ["MLP, 2 layers", "MLP, 3 layers", "GPT, 4 layers"]
@@ -66,7 +66,7 @@ def test_memory_holds_weights_gradients_momentum_and_one_more_copy(toy):
         assert peak["DB"] > peak["SAM"]
 
 
-def test_the_figure_is_svg_with_labels_and_a_sentence(toy):
+def test_the_page_has_the_figure_with_labels_and_a_sentence(toy):
     results, folder = toy
     text = (folder / "cost.svg").read_text(encoding="utf-8")
     assert ElementTree.fromstring(text).tag.endswith("svg")
@@ -75,9 +75,11 @@ def test_the_figure_is_svg_with_labels_and_a_sentence(toy):
         "time of a step, over SGD's",
         "peak memory of a step",
         "counting products",
-        "A step of F-GR",
     ):
         assert part in text
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    assert report.count("<svg") == 1
+    assert "A step of F-GR takes" in report
     for model in ("mlp", "gpt"):
         alone = {**results, "cases": [case for case in results["cases"] if case["model"] == model]}
         assert figure(alone).count("<svg") == 1

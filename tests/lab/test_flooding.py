@@ -63,7 +63,7 @@ def test_the_command_writes_its_folder(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(flooding, "MODES", (TINY, replace(MODES[1], level=2.28, num_steps=90)))
     out = tmp_path / "result"
     assert main(["flooding", "--seeds", "2", "--out", str(out)]) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["flooding.svg", "results.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["flooding.svg", "report.html", "results.json"]
     results = json.loads((out / "results.json").read_text())
     assert results["command"] == Plan((0, 1)).command == "gradreg flooding --seed 0 --seeds 2"
     printed = capsys.readouterr()

@@ -21,8 +21,9 @@ from gradreg.lab.about import provenance
 from gradreg.lab.config import RunConfig
 from gradreg.lab.cost import steps as costs
 from gradreg.lab.data.parts import Part, Split
-from gradreg.lab.folder import write_json, write_text
+from gradreg.lab.folder import write_json
 from gradreg.lab.models import build
+from gradreg.lab.page import publish
 from gradreg.lab.progress import progress_bar
 
 COMPARED: dict[str, dict[str, float]] = {
@@ -136,8 +137,7 @@ def _smaller(case: Case) -> Case:
 
 def run_cost(plan: Plan, folder: Path) -> Row:
     """Measure, write the folder, print the tables; return what results.json holds."""
-    from gradreg.lab.cost.figure import figure
-    from gradreg.lab.cost.report import print_tables
+    from gradreg.lab.cost.report import page, print_tables
 
     started = time.perf_counter()
     torch.set_num_threads(plan.threads)
@@ -171,7 +171,7 @@ def run_cost(plan: Plan, folder: Path) -> Row:
         "cases": rows,
     }
     write_json(folder / "results.json", results)
-    write_text(folder / "cost.svg", figure(results))
+    publish(page(results), folder)
     print_tables(results, folder)
     return results
 

@@ -25,7 +25,9 @@ def read(folder: Path) -> list[Study]:
     sources = list(_sources(folder))
     if not sources:
         kinds = "a folder of gradreg sweep or gradreg train, or one that holds such folders"
-        raise BadInput(f"DIR must be {kinds}, got {str(folder)!a}.")
+        its_page = folder / "report.html"  # of a study, which the command that measured it has written
+        more = f", which has its page already: {str(its_page)!a}" if its_page.exists() else ""
+        raise BadInput(f"DIR must be {kinds}, got {str(folder)!a}{more}.")
     if not any(source.runs for source in sources):
         raise BadInput(f"DIR must hold a finished run, got {str(folder)!a}, which holds none.")
     studies = []

@@ -17,12 +17,12 @@ from markupsafe import Markup
 
 import gradreg
 from gradreg.lab.config import SETTINGS
+from gradreg.lab.figures import look
 from gradreg.lab.folder import BadInput
 from gradreg.lab.methods import METHODS
 from gradreg.lab.page import render, source
 from gradreg.lab.report.figures import Drawing, Maps, cost_drawing, costs_of, curve_figures, heat_maps
 from gradreg.lab.report.folders import read
-from gradreg.lab.report.plots import key
 from gradreg.lab.report.snippets import as_python, as_yaml, configuration
 from gradreg.lab.report.studies import Point, Run, Source, Study, height, number, text
 from gradreg.lab.report.text import (
@@ -30,14 +30,12 @@ from gradreg.lab.report.text import (
     compare,
     findings,
     headline,
-    percent,
-    points_of,
     settings,
     short,
     task_words,
     words,
 )
-from gradreg.lab.words import listed, plural
+from gradreg.lab.words import listed, percent, plural, points
 
 GENERATOR = "gradreg report"
 MOST_POINTS, MOST_RUNS = 2_000, 2_000
@@ -100,7 +98,7 @@ def page(folder: Path) -> str:
     sections = [_section(study, f"s{k}") for k, study in enumerate(read(folder), 1)]
     script = re.sub(r"\s*</?script>\s*", "\n", source("gradreg.lab.report", "script.html"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    filters = {"percent": percent, "points": points_of, "short": short, "words": words}
+    filters = {"percent": percent, "points": points, "short": short, "words": words}
     return render(
         "gradreg.lab.report",
         "page.html",
@@ -110,7 +108,7 @@ def page(folder: Path) -> str:
         generator=GENERATOR,
         script=Markup(script),
         digest=digest,
-        key=key,
+        look=look,
         settings=settings,
         task_words=task_words,
         version=gradreg.__version__,
@@ -171,13 +169,13 @@ def _rest(study: Study) -> str:
 
 def _summary(study: Study) -> str:
     """What the table holds."""
-    points = study.points
-    means = [point.validation.mean for point in points if point.validation]
-    said = f"{len(points)} point{plural(len(points))} in {len(study.runs)} run{plural(len(study.runs))}, the highest "
+    count = len(study.points)
+    means = [point.validation.mean for point in study.points if point.validation]
+    said = f"{count} point{plural(count)} in {len(study.runs)} run{plural(len(study.runs))}, the highest "
     said += "first; a point is the runs that differ in their seed alone, and opens to show them."
     if means:
         said += f" Validation accuracy goes from {100 * min(means):.1f}% to {100 * max(means):.1f}%."
-    diverged = sum(point.num_diverged > 0 for point in points)
+    diverged = sum(point.num_diverged > 0 for point in study.points)
     return said + (f" In {diverged} point{plural(diverged)} some run diverged." if diverged else "")
 
 
@@ -185,13 +183,13 @@ def _table(study: Study) -> tuple[list[str], list[Entry], str]:
     has_test = any(point.test for point in study.points)
     columns = ["validation, %", *(["test, %"] if has_test else []), *(words(name) for name in study.columns)]
     columns += ["train loss", "‖∇L‖", "seeds", "diverged", "seconds"]
-    points = sorted(study.points, key=lambda point: -height(point))
+    ordered = sorted(study.points, key=lambda point: -height(point))
     entries, budget = [], MOST_RUNS
-    for point in points[:MOST_POINTS]:
+    for point in ordered[:MOST_POINTS]:
         runs = sorted(point.runs, key=lambda run: json.dumps(run.seed))[:budget]
         budget -= len(runs)
         entries.append(Entry(point.method, _cells(study, point, has_test), [_line(run) for run in runs]))
-    left = len(points) - len(entries), len(study.runs) - (MOST_RUNS - budget)
+    left = len(ordered) - len(entries), len(study.runs) - (MOST_RUNS - budget)
     said = f"{left[0]} points and {left[1]} runs more are in the files of the folder." if any(left) else ""
     return columns, entries, said
 
@@ -200,7 +198,7 @@ def _cells(study: Study, point: Point, has_test: bool) -> list[Cell]:
     scores = (point.validation, point.test) if has_test else (point.validation,)
     loss, norm, seconds = (point.mean(name) for name in ("train_loss", "grad_norm", "seconds"))
     return [
-        *(_cell(found.mean if found else None, percent(found).rstrip("%")) for found in scores),
+        *(_cell(found.mean if found else None, percent(found)) for found in scores),
         *(_cell(point.config.get(name), text(point.config.get(name))) for name in study.columns),
         _cell(loss, short(loss)),
         _cell(norm, short(norm)),

@@ -8,7 +8,6 @@ from cyclopts import Parameter
 
 from gradreg.lab.commands.options import LAST_SEED, Out, Workers, Write, app, switch, whole
 from gradreg.lab.folder import BadInput, new_folder
-from gradreg.lab.written_page import check_page
 
 
 @app.command
@@ -28,7 +27,7 @@ def claims(
     """Measure each claim of the paper, and say whether it holds here.
 
     (a) cost, (b) generalization, (c) implicit bias in a diagonal linear network, (d) SAM, (e) flooding. Prints one
-    table, and writes a folder: results.json, claims.md and its figures. Under 25 minutes on two cores.
+    table, and writes a folder: results.json, report.html, claims.md and its figures. Under 25 minutes on two cores.
     """
     from gradreg.lab.pool import default_workers
     from gradreg.studies.claims.claim import Plan
@@ -41,9 +40,9 @@ def claims(
             f"--seed must be a whole number from 0 to {LAST_SEED - count + 1} with {count} seeds, got '{seed}'."
         )
     if write is not None:
-        from gradreg.studies.claims.page import MARK
+        from gradreg.lab.page import check_page
 
-        check_page(write, MARK, "gradreg claims")
+        check_page(write, "gradreg claims")
     import torch
 
     from gradreg.lab.cost.steps import keep_heap
