@@ -13,6 +13,8 @@ from gradreg.lab.cost.figure import figure
 from gradreg.lab.cost.grid import GridPlan, run_grid, verdict
 from gradreg.lab.cost.measure import CASES, COMPARED, LEAST_ROUNDS, PREDICTED, Plan, mlp_case, run_cost
 from gradreg.lab.models import build
+from gradreg.lab.page import tell
+from gradreg.lab.tables import WIDTH_IN_A_PIPE
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +89,13 @@ def test_the_page_has_the_figure_with_labels_and_a_sentence(toy):
 
 def test_the_tables_show_each_case_and_what_counting_predicts(toy, capsys):
     results, folder = toy
-    cost_report.print_tables(results, folder)
+    tell(cost_report.told(results), results, folder)
     printed = capsys.readouterr().out
     for case in results["cases"]:
         assert printed.count(case["name"]) >= 3
         assert f"{case['db_over_f_gr']['median']:.2f}" in printed
     assert "counting products" in printed
-    assert max(map(len, printed.splitlines())) <= cost_report.WIDTH_IN_A_PIPE
+    assert max(map(len, printed.splitlines())) <= WIDTH_IN_A_PIPE
 
 
 def test_the_sentence_says_where_db_costs_less(toy):

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure as Drawing
 from gradreg.lab import page
 from gradreg.lab.figures import LOOKS, as_svg, band, interval, legend, logarithmic, look, panels, rows_of
 from gradreg.lab.folder import BadInput
-from gradreg.lab.page import Code, Figure, Heading, Items, Page, check_page, html, markdown, plain, publish
+from gradreg.lab.page import Code, Figure, Heading, Items, Page, check_page, html, markdown, plain, publish, tell
 from gradreg.lab.tables import Table, console
 
 HOSTILE = "<script>alert(1)</script> \"quoted\" & 'single' | `code` **bold** *em* [link](https://x.y) \\ # \ud800"
@@ -149,6 +149,13 @@ def test_a_page_is_published_with_its_figures_and_may_write_over_its_own_alone(t
     check_page(target, "gradreg test")
     with pytest.raises(BadInput, match="which it did not"):
         check_page(target, "gradreg other")
+
+
+def test_the_terminal_is_told_the_same_and_where_the_page_is(tmp_path, capsys):
+    tell(["One\ntwo.", Items(["three"]), Table("Four", ("a", "b"), [("c", "1")])], {"seconds": 5.2}, tmp_path)
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert said.startswith("One two.  - three  Four")
+    assert str(tmp_path / "report.html") in said
 
 
 # Figures.

@@ -20,7 +20,7 @@ from markupsafe import Markup, escape
 from gradreg.lab.figures import INK
 from gradreg.lab.folder import BadInput, write_text
 from gradreg.lab.stats import BETTER, WORSE
-from gradreg.lab.tables import Table, escaped, literal, markdown_table
+from gradreg.lab.tables import Table, console, escaped, literal, markdown_table, say
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,18 @@ def publish(page: Page, folder: Path, *written: Path) -> None:
             write_text(inside / f"{prefix}{figure.name}.svg", figure.svg)
     for path in written:
         write_text(path, markdown(page, f"figures/{path.stem}-"))
+
+
+def tell(blocks: Sequence[Block], results: Mapping[str, Any], folder: Path) -> None:
+    """On the terminal: paragraphs, lists and tables, and where the page is."""
+    out = console()
+    for block in blocks:
+        if isinstance(block, Table):
+            block.print(out)
+        else:
+            say(out, *(f"- {text}" for text in block.texts) if isinstance(block, Items) else (str(block),))
+        say(out, "")
+    say(out, f"{results['seconds']:.0f} s. Page: {folder / 'report.html'}; figures and data beside it.")
 
 
 def check_page(path: Path, made_by: str) -> None:

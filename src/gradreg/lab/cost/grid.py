@@ -13,11 +13,10 @@ import torch
 
 from gradreg.lab.about import provenance
 from gradreg.lab.batched.speed import ALL_THREADS, BATCHED, EACH_CORE, GridSpeed
-from gradreg.lab.cost.report import WIDTH_IN_A_PIPE
 from gradreg.lab.folder import write_json
-from gradreg.lab.page import Items, Page, made, publish
+from gradreg.lab.page import Items, Page, made, publish, tell
 from gradreg.lab.progress import progress_bar
-from gradreg.lab.tables import Table, console, say
+from gradreg.lab.tables import Table
 from gradreg.lab.words import listed, ranged
 
 TARGETS = {64: 3.0, 256: 1.5}
@@ -82,7 +81,7 @@ def run_grid(plan: GridPlan, folder: Path, measure: Measure | None = None) -> Ro
     }
     write_json(folder / "results.json", results)
     publish(_page(results), folder)
-    _print(results, folder)
+    tell([_table(results), Items(_notes(results))], results, folder)
     return results
 
 
@@ -118,13 +117,6 @@ def _notes(results: Row) -> list[str]:
         f"The ratio is to the faster of the two: median over {results['rounds']} rounds, 95% interval by bootstrap.",
         f"{results['machine']}; on {first['device']}, torch {results['versions']['torch']}{load}.",
     ]
-
-
-def _print(results: Row, folder: Path) -> None:
-    out = console(WIDTH_IN_A_PIPE)
-    _table(results).print(out)
-    say(out, *(f"- {line}" for line in _notes(results)))
-    say(out, "", f"{results['seconds']:.0f} s. Page: {folder / 'report.html'}; data beside it.")
 
 
 def _page(results: Row) -> Page:

@@ -23,7 +23,7 @@ from gradreg.lab.cost import steps as costs
 from gradreg.lab.data.parts import Part, Split
 from gradreg.lab.folder import write_json
 from gradreg.lab.models import build
-from gradreg.lab.page import publish
+from gradreg.lab.page import publish, tell
 from gradreg.lab.progress import progress_bar
 
 COMPARED: dict[str, dict[str, float]] = {
@@ -137,7 +137,7 @@ def _smaller(case: Case) -> Case:
 
 def run_cost(plan: Plan, folder: Path) -> Row:
     """Measure, write the folder, print the tables; return what results.json holds."""
-    from gradreg.lab.cost.report import page, print_tables
+    from gradreg.lab.cost.report import page, told
 
     started = time.perf_counter()
     torch.set_num_threads(plan.threads)
@@ -172,7 +172,7 @@ def run_cost(plan: Plan, folder: Path) -> Row:
     }
     write_json(folder / "results.json", results)
     publish(page(results), folder)
-    print_tables(results, folder)
+    tell(told(results), results, folder)
     return results
 
 

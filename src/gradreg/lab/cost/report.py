@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from gradreg.lab.cost.figure import figure
-from gradreg.lab.page import Figure, Heading, Items, Page, made
-from gradreg.lab.tables import Table, console, say
+from gradreg.lab.page import Block, Figure, Heading, Items, Page, made
+from gradreg.lab.tables import Table
 from gradreg.lab.words import ranged
 
 Row = Mapping[str, Any]
-WIDTH_IN_A_PIPE = 108
 DB_OVER_F_GR = "DB/F-GR"
 
 
-def print_tables(results: Row, folder: Path) -> None:
-    out = console(WIDTH_IN_A_PIPE)
-    for table in tables(results):
-        table.print(out)
-        out.print()
-    say(out, *(f"- {line}" for line in [sentence(results), *notes(results)]))
-    say(out, "", f"{results['seconds']:.0f} s. Page: {folder / 'report.html'}; figure and data beside it.")
+def told(results: Row) -> list[Block]:
+    """On the terminal."""
+    return [*tables(results), Items([sentence(results), *notes(results)])]
 
 
 def page(results: Row) -> Page:

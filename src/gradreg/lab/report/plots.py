@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from gradreg.lab.figures import FAINT, INK, LOOKS, as_svg, band, logarithmic, look
+from gradreg.lab.labels import settle, write_names
 
 MAP = colormaps["viridis"]
 _SHADES = 48  # of the color bar, drawn as rectangles: an image in the SVG would be a resource to load
@@ -237,35 +238,9 @@ def cost_figure(offers: Sequence[Offer], label: str) -> Figure:
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.grid(color=FAINT, alpha=0.2, linewidth=0.6)
     axes.set_axisbelow(True)
-    figure.draw_without_rendering()
+    settle(figure)
     (left, _), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    spine = ((left, bottom), (left, top))
     intervals = [((o.cost, o.low), (o.cost, o.high)) for o in offers if math.isfinite(o.low)]
-    _name(axes, [o for o in offers if o.method in LOOKS], [*intervals, *pairwise(corners), spine])
+    named = [(o.method, (o.cost, o.mean), INK) for o in offers if o.method in LOOKS]
+    write_names(axes, named, [*intervals, *pairwise(corners), ((left, bottom), (left, top))])
     return figure
-
-
-def _name(axes: Any, offers: Sequence[Offer], lines: Sequence[tuple[tuple[float, float], tuple[float, float]]]) -> None:
-    """A name beside each marker: the first of a few places at which it meets no other name, marker or line."""
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return tuple(axes.transData.transform((x, y)) * 72 / axes.figure.dpi)  # in points
-
-    at = {o.method: place(o.cost, o.mean) for o in offers}
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in at.values()]
-    for a, b in lines:
-        (x0, y0), (x1, y1) = place(*a), place(*b)
-        taken.append((min(x0, x1) - 1, min(y0, y1) - 1, max(x0, x1) + 1, max(y0, y1) + 1))
-    for offer in offers:
-        width, height = 6.4 * len(offer.method) + 2, 11
-        places = [(dx, dy) for dy in (0, 10, -10, 19, -19, 28, -28) for dx in (8, -8 - width)]
-        x, y = at[offer.method]
-        boxes = [(x + dx, y + dy - 5, x + dx + width, y + dy - 5 + height) for dx, dy in places]
-        k = next((k for k, box in enumerate(boxes) if not any(_meet(box, other) for other in taken)), 0)
-        taken.append(boxes[k])
-        where = {"xytext": places[k], "textcoords": "offset points", "va": "center"}
-        axes.annotate(offer.method, (offer.cost, offer.mean), color=INK, fontsize=10, **where)
-
-
-def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

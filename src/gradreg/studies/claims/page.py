@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from gradreg.lab.page import Block, Code, Figure, Heading, Items, Page, code, made, plain
-from gradreg.lab.tables import Table, console, say
+from gradreg.lab.tables import Table
 from gradreg.studies.claims import CLAIMS
 from gradreg.studies.claims.claim import FAILS, HOLDS, UNDECIDED
 from gradreg.studies.claims.figures import forest_figure
@@ -61,19 +60,12 @@ def _seeds(part: Row) -> str:
     return str(n) if n == planned else f"{n} of {planned}"
 
 
-def print_table(results: Row, folder: Path) -> None:
-    """One table, a sentence for each claim, how to read it, and where the files are."""
-    out = console()
-    table(results).print(out)
-    seconds = ", ".join(f"({claim['letter']}) {claim['seconds']:.0f}" for claim in results["claims"])
-    say(
-        out,
-        *(f"({claim['letter']}) {claim['title']}: {summary(claim)}" for claim in results["claims"]),
-        "",
-        *(f"- {note}" for note in notes(results)),
-        "",
-        f"{results['seconds']:.0f} s: {seconds}. Page: {folder / 'report.html'}; figures and data beside it.",
-    )
+def told(results: Row) -> list[Block]:
+    """On the terminal: one table, a sentence for each claim, and how to read it."""
+    claims = results["claims"]
+    seconds = ", ".join(f"({claim['letter']}) {claim['seconds']:.0f}" for claim in claims)
+    said = [f"({claim['letter']}) {claim['title']}: {summary(claim)}" for claim in claims]
+    return [table(results), "\n".join(said), Items(notes(results)), f"Seconds: {seconds}."]
 
 
 def page(results: Row) -> Page:

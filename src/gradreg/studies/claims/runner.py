@@ -10,11 +10,11 @@ from typing import Any
 
 from gradreg.lab.about import provenance
 from gradreg.lab.folder import append_line, write_json
-from gradreg.lab.page import publish
+from gradreg.lab.page import publish, tell
 from gradreg.lab.words import BRACKETS, ranged
 from gradreg.studies.claims import CLAIMS
 from gradreg.studies.claims.claim import UNDECIDED, Above, Claim, Found, Measured, Plan, Row, Subclaim, holm
-from gradreg.studies.claims.page import page, print_table
+from gradreg.studies.claims.page import page, told
 
 DEFAULT_SEEDS, QUICK_SEEDS = 10, 4
 PAGE = "claims.md"
@@ -40,7 +40,7 @@ def run_claims(plan: Plan, folder: Path, write: Path | None = None) -> Row:
     results = {**about, "seconds": round(time.perf_counter() - started, 1), "claims": claims, **together(claims)}
     write_json(folder / "results.json", results)
     publish(page(results), folder, folder / PAGE, *([write] if write else []))
-    print_table(results, folder)
+    tell(told(results), results, folder)
     return results
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from gradreg.lab.page import Block, Figure, Heading, Items, Page, made, plain
-from gradreg.lab.tables import Table, console, say
+from gradreg.lab.tables import Table
 from gradreg.lab.words import accuracy, difference, diverged, settings
 from gradreg.studies.demo.figures import accuracy_figure, gradient_norm_figure
 from gradreg.studies.demo.tasks import RANDOM_SHARE
 
 Row = Mapping[str, Any]
-_WIDTH_IN_A_PIPE = 110
 HEADINGS = ("method", "test accuracy, %", "minus SGD, points", "verdict", "train loss", "‖∇L‖", "cost")
 
 
@@ -46,14 +44,9 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (row["name"], accuracy(row), difference(row), row.get("verdict", "") + diverged(row), *numbers)
 
 
-def print_table(results: Row, folder: Path) -> None:
-    """The table, one sentence for each task, and where the files are."""
-    out = console(_WIDTH_IN_A_PIPE)
-    for task in results["tasks"]:
-        table(task).print(out)
-        say(out, task["sentence"], "")
-    say(out, *(f"- {note}" for note in notes(results)))
-    say(out, "", f"{results['seconds']:.0f} s. Page: {folder / 'report.html'}; figures and data beside it.")
+def told(results: Row) -> list[Block]:
+    """On the terminal."""
+    return [*(block for task in results["tasks"] for block in (table(task), task["sentence"])), Items(notes(results))]
 
 
 def page(results: Row) -> Page:

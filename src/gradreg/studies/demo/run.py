@@ -17,12 +17,12 @@ from gradreg.lab.config import RunConfig, configure
 from gradreg.lab.cost.steps import step_costs
 from gradreg.lab.folder import append_line, write_json
 from gradreg.lab.methods import METHODS
-from gradreg.lab.page import publish
+from gradreg.lab.page import publish, tell
 from gradreg.lab.pool import run_all
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.runs import Job, record
 from gradreg.lab.words import sentence
-from gradreg.studies.demo.report import page, print_table
+from gradreg.studies.demo.report import page, told
 from gradreg.studies.demo.tasks import TASKS
 from gradreg.studies.demo.tune import GRIDS, SHIPPED
 
@@ -86,7 +86,7 @@ def run_demo(plan: Plan, folder: Path, workers: int) -> Row:
     }
     write_json(folder / "results.json", results)
     publish(page(results), folder)
-    print_table(results, folder)
+    tell(told(results), results, folder)
     return results
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Bbox
 
 from gradreg.lab.figures import FAINT, INK, LINE_HEIGHT, LOOKS, Look, as_svg, interval, legend, panels, rows_of
+from gradreg.lab.labels import settle, write_names
 from gradreg.lab.stats import Interval
 
 _OURS, _OPPONENTS = Look(LOOKS["F-GR"].color, marker="o"), Look(LOOKS["SAM"].color, marker="D")
@@ -24,8 +22,6 @@ _LOWEST = -1.0  # of the axis of retention: what is lower is drawn at its edge
 _ROOT = 0.05
 """Cost is drawn as its root, with this much below the lowest, so that noise at 1 is not stretched without bound."""
 _TICKS = (1, 1.05, 1.1, 1.2, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 10)
-_REACH = (9, 16, 26, 38, 52, 68)
-"""Distances between a point and its name that are tried, in pixels of a figure of 100 dpi."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +94,9 @@ def pareto_figure(tasks: Sequence[Panel]) -> Figure:
     every[-1].set_xlabel("time of a run, over plain SGD's (stretched near 1)")
     front_line = _REFERENCES.handle("Pareto front (filled)", linewidth=1.1, alpha=0.55)
     legend(figure, [*_legend(), _REFERENCES.mark("plain, and the full method", linestyle=""), front_line])
-    FigureCanvasAgg(figure).draw()  # the layout is known only now
+    settle(figure)
     for axes, panel in zip(every, tasks):
         _write_names(axes, panel)
-    figure.set_layout_engine("none")
     return figure
 
 
@@ -195,54 +190,18 @@ def _draw(axes: Any, panel: Panel) -> None:
 
 
 def _write_names(axes: Any, panel: Panel) -> None:
-    """Each name at the first place around its point that covers least; a line leads to it where it is not beside it."""
     low, high = axes.get_ylim()
-    inside = axes.get_window_extent()
-    named = [("plain", 1.0, 0.0, INK), (panel.full_name, panel.full_cost, 1.0, INK)]
+    named = [("plain", (1.0, 0.0), INK), (panel.full_name, (panel.full_cost, 1.0), INK)]
+    lines = []
     for p in panel.points:
-        kept = p.retention.mean
-        named.append((p.mode + _beyond(kept, low, high), p.cost, _within(kept, low, high), _look(p).color))
-    spots = [axes.transData.transform((x, y)) for _, x, y, _ in named]
-    taken = [(Bbox.from_bounds(x - 7, y - 7, 14, 14), 1.0) for x, y in spots]
-    for p in panel.points:
-        ends = [(p.cost, _within(end, low, high)) for end in (p.retention.low, p.retention.high)]
-        taken.append((Bbox(axes.transData.transform(ends)).padded(1), 0.5))
-    best = [axes.transData.transform(pair) for pair in front(panel)]
-    for here, there in pairwise([*best, (inside.x1, best[-1][1])]):
-        taken.append((Bbox([here, (there[0], here[1])]).padded(1), 0.5))
-    for (name, *_, color), (x, y) in sorted(zip(named, spots), key=lambda pair: -pair[1][1]):
-        text = axes.text(0, 0, name, size=9, color=color, ha="left", va="center", transform=None, zorder=4)
-        extent = text.get_window_extent()
-        width, height = extent.width, 0.8 * extent.height
-        places = []
-        for reach, angle in product(_REACH, range(0, 360, 30)):
-            toward = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-            left = x + reach * toward[0] + (toward[0] - 1) / 2 * width
-            middle = y + reach * toward[1] + toward[1] * height / 2
-            places.append((left, middle, reach, Bbox.from_bounds(left - 1, middle - height / 2, width + 2, height)))
-        left, middle, reach, box = min(
-            places,
-            key=lambda p: (
-                1e3 * _misfit(p[3], inside) + sum(weight * _overlap(p[3], b) for b, weight in taken) + p[2] / 4
-            ),
-        )
-        text.set_transform(axes.transData)
-        text.set_position(axes.transData.inverted().transform((left, middle)))
-        if reach > _REACH[0]:
-            end = (_within(x, left, left + width), _within(y, box.y0, box.y1))
-            line = axes.transData.inverted().transform([(x, y), end])
-            axes.plot(*line.T, color=color, linewidth=0.6, alpha=0.7, zorder=2)
-        taken.append((box, 2.0))
-
-
-def _overlap(one: Bbox, other: Bbox) -> float:
-    shared = Bbox.intersection(one, other)
-    return shared.width * shared.height if shared is not None else 0.0
-
-
-def _misfit(box: Bbox, inside: Bbox) -> float:
-    """How far a box sticks out."""
-    return max(0, inside.x0 - box.x0, box.x1 - inside.x1) + max(0, inside.y0 - box.y0, box.y1 - inside.y1)
+        kept = p.retention
+        name = p.mode + _beyond(kept.mean, low, high)
+        named.append((name, (p.cost, _within(kept.mean, low, high)), _look(p).color))
+        lines.append(((p.cost, _within(kept.low, low, high)), (p.cost, _within(kept.high, low, high))))
+    best = front(panel)
+    for here, there in pairwise([*best, (axes.get_xlim()[1], best[-1][1])]):
+        lines.append((here, (there[0], here[1])))
+    write_names(axes, named, lines)
 
 
 def _legend() -> list[Any]:

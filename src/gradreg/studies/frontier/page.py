@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from gradreg.lab.page import Block, Code, Figure, Heading, Items, Page, made
 from gradreg.lab.stats import BETTER
-from gradreg.lab.tables import Table, console, say
+from gradreg.lab.tables import Table
 from gradreg.lab.words import BRACKETS, plus_minus, ranged, settings
 from gradreg.studies.frontier.figure import pareto_figure, worst_figure
 from gradreg.studies.frontier.modes import FULL, PLAIN
@@ -100,22 +99,12 @@ def notes(results: Row) -> list[str]:
     ]
 
 
-def print_tables(results: Row, folder: Path) -> None:
-    """The overview, a table for each task, and what they say."""
-    out = console()
-    details = [detail(task) for task in results["tasks"]]
-    for table in (overview(results), *(_without_settings(table) for table in details)):
-        table.print(out)
-        say(out, "")
+def told(results: Row) -> list[Block]:
+    """On the terminal: the overview, a table for each task, and what they say."""
+    details = [_without_settings(detail(task)) for task in results["tasks"]]
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in results["seconds_of"].items())
-    say(
-        out,
-        *sentences(results),
-        "",
-        *(f"- {note}" for note in notes(results)),
-        "",
-        f"{results['seconds']:.0f} s: {seconds}. Page: {folder / 'report.html'}; figures and data beside it.",
-    )
+    said = "\n".join(sentences(results))
+    return [overview(results), *details, said, Items(notes(results)), f"Seconds: {seconds}."]
 
 
 def _without_settings(table: Table) -> Table:

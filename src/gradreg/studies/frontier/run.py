@@ -14,12 +14,12 @@ import torch
 from gradreg.lab.about import provenance
 from gradreg.lab.config import RunConfig
 from gradreg.lab.folder import write_json
-from gradreg.lab.page import publish
+from gradreg.lab.page import publish, tell
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.runs import Job
 from gradreg.studies.frontier import cost, mechanism
 from gradreg.studies.frontier.modes import ABOUT_TASKS, FULL, MODES, PLAIN, TASKS, Candidate, Mode, job
-from gradreg.studies.frontier.page import page, print_tables
+from gradreg.studies.frontier.page import page, told
 from gradreg.studies.frontier.summary import goals, task_row
 from gradreg.studies.frontier.tune import play_rows, shipped
 
@@ -89,7 +89,7 @@ def run_frontier(plan: Plan, folder: Path, write: Path | None = None) -> dict[st
     }
     write_json(folder / "results.json", results)
     publish(page(results), folder, folder / PAGE, *([write] if write else []))
-    print_tables(results, folder)
+    tell(told(results), results, folder)
     return results
 
 

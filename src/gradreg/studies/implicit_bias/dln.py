@@ -25,7 +25,7 @@ from gradreg.lab import stats
 from gradreg.lab.about import provenance
 from gradreg.lab.folder import write_json
 from gradreg.lab.jobs import run_jobs
-from gradreg.lab.page import publish
+from gradreg.lab.page import publish, tell
 from gradreg.studies.implicit_bias.large_steps import descend
 from gradreg.studies.implicit_bias.plan import SeededPlan
 from gradreg.studies.implicit_bias.points import EXACT, LARGE, PLAIN, POINTS, TABLE, Point
@@ -84,7 +84,7 @@ class Plan(SeededPlan):
 
 def run_dln(plan: Plan, folder: Path) -> Row:
     """Compute, write the folder, print the tables; return what results.json holds."""
-    from gradreg.studies.implicit_bias.dln_page import page, print_tables
+    from gradreg.studies.implicit_bias.dln_page import page, told
 
     started = time.perf_counter()
     shifts = MAP_SHIFTS[::2] if plan.is_quick else MAP_SHIFTS
@@ -121,7 +121,7 @@ def run_dln(plan: Plan, folder: Path) -> Row:
     }
     write_json(folder / "results.json", results)
     publish(page(results), folder)
-    print_tables(results, folder)
+    tell(told(results), results, folder)
     return results
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from gradreg.lab.page import Figure, Heading, Items, Page, made
+from gradreg.lab.page import Block, Figure, Heading, Items, Page, made
 from gradreg.lab.stats import BETTER, WORSE
-from gradreg.lab.tables import Table, console, say
+from gradreg.lab.tables import Table
 from gradreg.lab.words import mean, number, ranged
 from gradreg.studies.implicit_bias.dln_figures import bias_figure, map_figure, steps_figure
 from gradreg.studies.implicit_bias.points import METHOD, PLAIN, TABLE, cell_of, point_of
@@ -16,17 +15,17 @@ from gradreg.studies.implicit_bias.points import METHOD, PLAIN, TABLE, cell_of, 
 Row = Mapping[str, Any]
 
 
-def print_tables(results: Row, folder: Path) -> None:
-    """Everything that the page in docs quotes."""
-    out = console()
-    for setting in results["settings"]:
-        _setting_table(setting).print(out)
-        say(out, *_sentences(setting), "")
-    for table in (_steps_table(results), _map_table(results["map"]), _agreement_table(results["agreement"])):
-        table.print(out)
-        say(out, "")
-    say(out, *_notes(results))
-    say(out, f"{results['seconds']:.0f} s. Page: {folder / 'report.html'}; figures and data beside it.")
+def told(results: Row) -> list[Block]:
+    """On the terminal: every number that the page in docs quotes."""
+    return [*_settings(results), *_more(results), _agreement_table(results["agreement"]), Items(_notes(results))]
+
+
+def _settings(results: Row) -> list[Block]:
+    return [block for s in results["settings"] for block in (_setting_table(s), Items(_sentences(s)))]
+
+
+def _more(results: Row) -> list[Block]:
+    return [_steps_table(results), _map_table(results["map"])]
 
 
 def page(results: Row) -> Page:
@@ -43,12 +42,11 @@ def page(results: Row) -> Page:
             Figure("dln_map", map_figure(results), MAP),
             Figure("dln_steps", steps_figure(results), STEPS),
             Heading("Three settings"),
-            *(block for s in settings for block in (_setting_table(s), Items(_sentences(s)))),
+            *_settings(results),
             Heading("Words"),
             Items(WORDS),
             Heading("More numbers"),
-            _steps_table(results),
-            _map_table(results["map"]),
+            *_more(results),
             Heading("How it was measured"),
             Items(_notes(results)),
             _agreement_table(results["agreement"]),

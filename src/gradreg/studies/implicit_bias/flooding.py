@@ -39,7 +39,7 @@ from gradreg.lab.data import Part, Split, load
 from gradreg.lab.folder import write_json
 from gradreg.lab.jobs import run_jobs
 from gradreg.lab.models import build
-from gradreg.lab.page import publish
+from gradreg.lab.page import publish, tell
 from gradreg.lab.runs import accuracy, measure
 from gradreg.studies.demo.tasks import TASKS
 from gradreg.studies.implicit_bias.plan import SeededPlan
@@ -81,7 +81,7 @@ class Plan(SeededPlan):
 
 def run_flooding(plan: Plan, folder: Path) -> Row:
     """Compute, write the folder, print the tables; return what results.json holds."""
-    from gradreg.studies.implicit_bias.flooding_page import page, print_tables
+    from gradreg.studies.implicit_bias.flooding_page import page, told
 
     started = time.perf_counter()
     modes = [_shorter(mode) if plan.is_quick else mode for mode in MODES]
@@ -101,7 +101,7 @@ def run_flooding(plan: Plan, folder: Path) -> Row:
     }
     write_json(folder / "results.json", results)
     publish(page(results), folder)
-    print_tables(results, folder)
+    tell(told(results), results, folder)
     return results
 
 

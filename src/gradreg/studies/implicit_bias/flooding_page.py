@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure as Drawing
 
 from gradreg.lab.figures import LOOKS, as_svg, band, legend, logarithmic, panels
-from gradreg.lab.page import Figure, Heading, Items, Page, made
-from gradreg.lab.tables import Table, console, say
+from gradreg.lab.page import Block, Figure, Heading, Items, Page, made
+from gradreg.lab.tables import Table
 from gradreg.lab.words import percent, ranged
 
 Row = Mapping[str, Any]
 
 
-def print_tables(results: Row, folder: Path) -> None:
-    """The identity, then a table and the counts of each mode."""
-    out = console()
-    _identity(results).print(out)
-    for mode in results["modes"]:
-        say(out, "")
-        _table(mode).print(out)
-        say(out, *_counts(mode))
-    say(out, "", *_notes(results))
-    say(out, f"{results['seconds']:.0f} s. Page: {folder / 'report.html'}; figure and data beside it.")
+def told(results: Row) -> list[Block]:
+    """On the terminal: the identity, then a table and the counts of each mode."""
+    return [_identity(results), *_modes(results), Items(_notes(results))]
+
+
+def _modes(results: Row) -> list[Block]:
+    return [block for mode in results["modes"] for block in (_table(mode), Items(_counts(mode)))]
 
 
 def page(results: Row) -> Page:
@@ -41,7 +37,7 @@ def page(results: Row) -> Page:
             made(results),
             Figure("flooding", figure(results), CAPTION),
             Heading("Whole runs"),
-            *(block for mode in results["modes"] for block in (_table(mode), Items(_counts(mode)))),
+            *_modes(results),
             Heading("The identity"),
             _identity(results),
             Heading("How it was measured"),
