@@ -471,8 +471,11 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys):
     started = tmp_path / "started"
     started.mkdir()
     (started / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "report.html").touch()
     cases = {
         "DIR must be a folder of gradreg sweep": [str(tmp_path / "empty")],
+        "which has its page already: ": [str(tmp_path / "demo")],
         "DIR must be a folder that can be read": [str(tmp_path / "nowhere")],
         "Not a directory": [str(tmp_path / "file.html")],
         "DIR must hold a finished run": [str(started)],

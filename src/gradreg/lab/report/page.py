@@ -21,20 +21,11 @@ from gradreg.lab.figures import look
 from gradreg.lab.folder import BadInput
 from gradreg.lab.methods import METHODS
 from gradreg.lab.page import render, source
-from gradreg.lab.report.figures import Drawing, Maps, cost_drawing, costs_of, curve_figures, heat_maps
+from gradreg.lab.report.figures import cost_drawing, costs_of, curve_figures, heat_maps
 from gradreg.lab.report.folders import read
 from gradreg.lab.report.snippets import as_python, as_yaml, configuration
 from gradreg.lab.report.studies import Point, Run, Source, Study, height, number, text
-from gradreg.lab.report.text import (
-    Comparison,
-    compare,
-    findings,
-    headline,
-    settings,
-    short,
-    task_words,
-    words,
-)
+from gradreg.lab.report.text import compare, findings, headline, settings, short, task_words, words
 from gradreg.lab.words import listed, percent, plural, points
 
 GENERATOR = "gradreg report"
@@ -59,34 +50,6 @@ class Entry:
     method: str
     cells: list[Cell]
     runs: list[str]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A study as the template shows it."""
-
-    id: str
-    study: Study
-    headline: str
-    findings: list[str]
-    rows: list[Comparison]
-    methods: list[tuple[str, str]]
-    rest: str
-    """What varied besides the settings of the methods with a map."""
-    maps: Maps | None
-    curves: list[Drawing]
-    cost: Drawing | None
-    how_cost: str
-    columns: list[str]
-    entries: list[Entry]
-    summary: str
-    left_out: str
-    best: Point
-    yaml: str
-    python: str
-    refused: str
-    about: list[tuple[str, list[tuple[str, str]]]]
-    notes: list[str]
 
 
 def page(folder: Path) -> str:
@@ -125,7 +88,8 @@ def is_ours(path: Path) -> bool:
         return False
 
 
-def _section(study: Study, prefix: str) -> Section:
+def _section(study: Study, prefix: str) -> dict[str, Any]:
+    """A study as the template shows it."""
     costs, how_cost = costs_of(study)
     rows = compare(study, costs)
     columns, entries, left_out = _table(study)
@@ -135,29 +99,29 @@ def _section(study: Study, prefix: str) -> Section:
         yaml, python = as_yaml(config), as_python(config)
     except BadInput as error:
         refused = text(str(error))
-    return Section(
-        id=prefix,
-        study=study,
-        headline=headline(study, rows),
-        findings=findings(study, rows),
-        rows=rows,
-        methods=[(method, METHODS[method].about) for method in study.methods if method in METHODS],
-        rest=_rest(study),
-        maps=heat_maps(study, prefix),
-        curves=curve_figures(study, prefix),
-        cost=cost_drawing(rows, prefix),
-        how_cost=how_cost,
-        columns=columns,
-        entries=entries,
-        summary=_summary(study),
-        left_out=left_out,
-        best=study.winner,
-        yaml=yaml,
-        python=python,
-        refused=refused,
-        about=[_about(source) for source in study.sources[:_MOST_SOURCES]],
-        notes=[f"{text(source.name)}: {text(note)}" for source in study.sources for note in source.notes],
-    )
+    return {
+        "id": prefix,
+        "study": study,
+        "headline": headline(study, rows),
+        "findings": findings(study, rows),
+        "rows": rows,
+        "methods": [(method, METHODS[method].about) for method in study.methods if method in METHODS],
+        "rest": _rest(study),  # what varied besides the settings of the methods with a map
+        "maps": heat_maps(study, prefix),
+        "curves": curve_figures(study, prefix),
+        "cost": cost_drawing(rows, prefix),
+        "how_cost": how_cost,
+        "columns": columns,
+        "entries": entries,
+        "summary": _summary(study),
+        "left_out": left_out,
+        "best": study.winner,
+        "yaml": yaml,
+        "python": python,
+        "refused": refused,
+        "about": [_about(source) for source in study.sources[:_MOST_SOURCES]],
+        "notes": [f"{text(source.name)}: {text(note)}" for source in study.sources for note in source.notes],
+    }
 
 
 def _rest(study: Study) -> str:

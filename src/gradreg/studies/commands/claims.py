@@ -8,6 +8,7 @@ from cyclopts import Parameter
 
 from gradreg.lab.commands.options import LAST_SEED, Out, Workers, Write, app, switch, whole
 from gradreg.lab.folder import BadInput, new_folder
+from gradreg.studies.commands.seeds import consecutive
 
 
 @app.command
@@ -34,11 +35,7 @@ def claims(
     from gradreg.studies.claims.runner import DEFAULT_SEEDS, QUICK_SEEDS, run_claims
 
     letters = _letters(only)
-    count = seeds or (QUICK_SEEDS if quick else DEFAULT_SEEDS)
-    if seed + count - 1 > LAST_SEED:
-        raise BadInput(
-            f"--seed must be a whole number from 0 to {LAST_SEED - count + 1} with {count} seeds, got '{seed}'."
-        )
+    chosen = consecutive(seed, seeds or (QUICK_SEEDS if quick else DEFAULT_SEEDS))
     if write is not None:
         from gradreg.lab.page import check_page
 
@@ -51,7 +48,7 @@ def claims(
     if "a" in letters:
         keep_heap()
     folder = new_folder(out, "claims")
-    plan = Plan(letters, tuple(range(seed, seed + count)), quick, workers or default_workers())
+    plan = Plan(letters, chosen, quick, workers or default_workers())
     try:
         run_claims(plan, folder, write)
     except KeyboardInterrupt:

@@ -21,7 +21,8 @@ def told(results: Row) -> list[Block]:
 
 
 def _settings(results: Row) -> list[Block]:
-    return [block for s in results["settings"] for block in (_setting_table(s), Items(_sentences(s)))]
+    found = [(_setting_table(s), Items([_verdict(s, name) for name in s["claims"]])) for s in results["settings"]]
+    return [block for blocks in found for block in blocks]
 
 
 def _more(results: Row) -> list[Block]:
@@ -36,7 +37,7 @@ def page(results: Row) -> Page:
             "In a diagonal linear network the end of training can be computed: it is the minimizer of a potential "
             "whose scale the penalty shrinks from α to α_GR, and a smaller scale means a sparser solution. Does a "
             "finite ascent step (F-GR with ε = γ) do better than the exact penalty (DB)? What was found:",
-            Items([f"**{setting['name']}.** {_verdict(setting)}" for setting in settings]),
+            Items([f"**{setting['name']}.** {_verdict(setting, 'DB')}" for setting in settings]),
             made(results),
             Figure("dln_bias", bias_figure(results), BIAS),
             Figure("dln_map", map_figure(results), MAP),
@@ -87,53 +88,28 @@ def _notes(results: Row) -> list[str]:
 
 
 def _setting_table(setting: Row) -> Table:
-    headings = (
-        "method",
-        "ε/γ",
-        "test error",
-        "‖β‖₁",
-        "α_GR/α",
-        "active",
-        "inactive",
-        "unevenness",
-        "error, even scale",
-    )
+    ends = ("test error", "‖β‖₁", "α_GR/α", "active", "inactive", "unevenness", "error, even scale")
     rows = []
     for point in TABLE:
-        row = point_of(setting, point)
-        rows.append(
-            (
-                "GD (γ = 0)" if point == PLAIN else METHOD[point.scheme],
-                "" if point.epsilon is None else f"{point.epsilon:g}",
-                ranged(row["test_error"]),
-                mean(row["l1"], 2),
-                *(mean(row[key]) for key in ("scale", "active", "inactive")),
-                "" if point == PLAIN else mean(row["unevenness"], 1),
-                mean(row["even_test_error"]),
-            )
-        )
-    return Table(f"{setting['name']}: α = {setting['alpha']:g}, γ = {setting['gamma']:g}", headings, rows)
+        row, is_plain = point_of(setting, point), point == PLAIN
+        method = ("GD (γ = 0)" if is_plain else METHOD[point.scheme], f"{point.epsilon:g}" if point.epsilon else "")
+        scales = [mean(row[key]) for key in ("scale", "active", "inactive")]
+        uneven = "" if is_plain else mean(row["unevenness"], 1)
+        found = (ranged(row["test_error"]), mean(row["l1"], 2), *scales, uneven, mean(row["even_test_error"]))
+        rows.append((*method, *found))
+    return Table(
+        f"{setting['name']}: α = {setting['alpha']:g}, γ = {setting['gamma']:g}", ("method", "ε/γ", *ends), rows
+    )
 
 
-def _verdict(setting: Row) -> str:
-    """Against DB, in a few words."""
-    claim = setting["claims"]["DB"]
+def _verdict(setting: Row, name: str) -> str:
+    """The claim, answered for this setting and against this method."""
+    claim = setting["claims"][name]
     if claim is None:
-        return "Too few seeds converged to say."
-    words = {BETTER: "lowers DB's test error", WORSE: "raises DB's test error"}
-    said = words.get(claim["verdict"], "is not shown to change DB's test error")
-    return f"The finite step {said}: DB − F-GR is {ranged(claim)}, {claim['num_pairs']} seeds."
-
-
-def _sentences(setting: Row) -> list[str]:
-    """The claim, answered for this setting."""
-    return [
-        f"F-GR with ε = γ against {name}: did not converge in enough seeds."
-        if claim is None
-        else f"F-GR with ε = γ lowers the test error of {name} by {ranged(claim)}: {claim['verdict']} "
-        f"({claim['num_pairs']} seeds)."
-        for name, claim in setting["claims"].items()
-    ]
+        return f"Too few seeds converged to compare F-GR, ε = γ, with {name}."
+    verb = {BETTER: "lowers", WORSE: "raises"}.get(claim["verdict"], "is not shown to change")
+    by = f"{name} − F-GR is {ranged(claim)} over {claim['num_pairs']} seeds"
+    return f"F-GR, ε = γ, {verb} the test error of {name}: {by}."
 
 
 def _steps_table(results: Row) -> Table:

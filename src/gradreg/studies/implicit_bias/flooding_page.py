@@ -49,7 +49,8 @@ def page(results: Row) -> Page:
 
 CAPTION = (
     "‖∇L‖² of the plain loss on the training rows during training, means and 95 % intervals over seeds. Where flooding "
-    "regularizes, its line falls while the loss stays at the level."
+    "regularizes, its line falls while the loss stays at the level; the others go on to a loss near zero, where the "
+    "gradient vanishes too, so that ends do not compare."
 )
 WORDS = (
     "A *pair* is two successive steps of opposite sign, none counted twice. The *effective γ* of flooding is η · pairs "
