@@ -220,24 +220,24 @@ def _html(block: Block) -> Markup:
 
 
 def _html_table(table: Table) -> Markup:
-    kinds = [_kind(table, k) for k in range(len(table.headings))]
+    sides = ["left" if table.is_of_words(k) else "right" for k in range(len(table.headings))]
+    widths = [
+        max((len(line) for row in table.rows for line in row[k].split("\n")), default=0) for k in range(len(sides))
+    ]
+    wide = [width > _LONG for width in widths]
+    wordy = [len(heading) > max(width, _SHORT) for heading, width in zip(table.headings, widths)]
 
-    def row(tag: str, cells: Sequence[str], more: str = "") -> Markup:
+    def row(tag: str, cells: Sequence[str], are_broken: Sequence[bool], more: str = "") -> Markup:
+        kinds = [side + " broken" * is_broken for side, is_broken in zip(sides, are_broken)]
         shown = [Markup(f'<{tag}{more} class="{kind}">{{}}</{tag}>').format(_cell(c)) for kind, c in zip(kinds, cells)]
         return Markup("<tr>{}</tr>").format(Markup().join(shown))
 
     whole = Markup("<table>\n<thead>{}</thead>\n<tbody>\n{}\n</tbody>\n</table>").format(
-        row("th", table.headings, ' scope="col"'), Markup("\n").join(row("td", cells) for cells in table.rows)
+        row("th", table.headings, wordy, ' scope="col"'),
+        Markup("\n").join(row("td", cells, wide) for cells in table.rows),
     )
     title = Markup('<p class="title">{}</p>\n').format(table.title) if table.title else Markup()
     return title + _scrolled(whole, table.title or "table")
-
-
-def _kind(table: Table, column: int) -> str:
-    """To which side, and whether lines are broken."""
-    widths = [max(map(len, row[column].split("\n"))) for row in table.rows]
-    is_broken = len(table.headings[column]) > max([*widths, _SHORT]) or max(widths, default=0) > _LONG
-    return ("left" if table.is_of_words(column) else "right") + (" broken" if is_broken else "")
 
 
 def _cell(text: str) -> Markup:

@@ -107,6 +107,11 @@ def told(results: Row) -> list[Block]:
     return [overview(results), *details, said, Items(notes(results)), f"Seconds: {seconds}."]
 
 
+def _on_page(task: Row) -> Table:
+    """Below a heading with its name."""
+    return replace(detail(task), title=task["about"])
+
+
 def _without_settings(table: Table) -> Table:
     """The page has them."""
     return replace(table, headings=table.headings[:-1], rows=[row[:-1] for row in table.rows])
@@ -126,7 +131,7 @@ def page(results: Row) -> Page:
             Heading("How to read it"),
             Items(notes(results)),
             Heading("Each task"),
-            *(detail(task) for task in results["tasks"]),
+            *(block for task in results["tasks"] for block in (Heading(task["name"], 3), _on_page(task))),
             Heading("Why"),
             MECHANISM,
             *(_mechanism(name, points) for name, points in results["mechanism"].items()),
