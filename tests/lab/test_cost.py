@@ -211,6 +211,7 @@ def test_the_grid_table(tmp_path, capsys):
     assert "3.60 (3.50 to 3.70)" in printed
     assert printed.count("reached") == 2
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["grids"] == results["grids"]
+    assert "3.60 times as many at width 64 (reached)" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
