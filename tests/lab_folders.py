@@ -52,7 +52,8 @@ def result(config, part="validation", gain=1.0):
         }
         for k in range(1 if diverged else 11)
     ]
-    return Result(accuracy, loss, trace[-1]["grad_norm"], trace, diverged, 3.2 * COSTS[config.method])
+    seconds = 3.2 * COSTS[config.method]
+    return Result(accuracy, loss, trace[-1]["grad_norm"], trace, diverged, seconds, num_scored=10_000)
 
 
 def sweep_folder(

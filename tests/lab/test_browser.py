@@ -5,6 +5,8 @@ import shutil
 import pytest
 from lab_folders import BASE, hostile_folder, replace, sweep_folder, train_folder
 
+from gradreg.lab.figures import as_svg, panels
+from gradreg.lab.page import Figure, Items, Page, Table, html, plain
 from gradreg.lab.report.page import page
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
@@ -47,12 +49,27 @@ def pages(tmp_path_factory):
     for seed in range(2):
         train_folder(root / "trains" / f"sgd {seed}", replace(BASE, seed=seed))
         train_folder(root / "trains" / f"sam {seed}", replace(BASE, seed=seed, method="SAM", rho=0.1))
-    found = {}
-    for folder in list(root.iterdir()):
+    found = {"study": root / "study.html"}
+    found["study"].write_text(html(study()), encoding="utf-8")
+    for folder in [path for path in root.iterdir() if path.is_dir()]:
         path = folder / "report.html"
         path.write_text(page(folder), encoding="utf-8")
         found["hostile" if "script" in folder.name else folder.name] = path
     return found
+
+
+@as_svg
+def drawing(width, title):
+    return panels([title], width, 3)[0]
+
+
+def study():
+    """A page of the builder: figures from narrow to wide, a wide table, and words that are too long for a phone."""
+    hostile = "<script>window.owned = true</script><img src=x onerror='window.owned = true'>"
+    widths = {"narrow": 3.0, "wide": 8.0, "widest": 11.0}
+    rows = [(hostile, *["1.234 (1.000 to 1.500)"] * 9, "word " * 40)]
+    figures = [Figure(name, drawing(width, hostile), plain(hostile)) for name, width in widths.items()]
+    return Page(hostile, [plain(hostile), Items([plain("x" * 500)]), Table(hostile, ["a" * 30] * 11, rows), *figures])
 
 
 @pytest.fixture
@@ -79,7 +96,7 @@ return [...table.tBodies].filter(b => !b.hidden).map(b => b.rows[0].cells[argume
 HEADINGS = 'return [...document.querySelectorAll(".points th")].map(th => th.textContent.trim());'
 
 
-@pytest.mark.parametrize("name", ["sweep", "trains", "hostile"])
+@pytest.mark.parametrize("name", ["sweep", "trains", "hostile", "study"])
 @pytest.mark.parametrize("size", list(SIZES))
 def test_the_page_never_scrolls_sideways_and_shows_its_figures(visit, name, size):
     browser = visit(name, size)
@@ -114,10 +131,11 @@ def channels(color):
     return [int(part) for part in color[color.index("(") + 1 : -1].split(",")[:3]]
 
 
-def test_no_text_from_the_files_becomes_a_script(visit):
-    browser = visit("hostile")
+@pytest.mark.parametrize(("name", "own_scripts"), [("hostile", 1), ("study", 0)])
+def test_no_text_from_the_files_becomes_a_script(visit, name, own_scripts):
+    browser = visit(name)
     assert browser.execute_script("return window.owned") is None
-    assert browser.execute_script("return document.scripts.length") == 1
+    assert browser.execute_script("return document.scripts.length") == own_scripts
     assert browser.execute_script('return document.querySelectorAll("img").length') == 0
     assert "<script>window.owned = true</script>" in browser.execute_script("return document.body.textContent")
 

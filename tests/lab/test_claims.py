@@ -13,10 +13,13 @@ from printed import tables_fit
 from gradreg.cli import main
 from gradreg.lab.config import RunConfig
 from gradreg.lab.cost.measure import PREDICTED_DB_OVER_F_GR, mlp_case
+from gradreg.lab.page import markdown
+from gradreg.lab.tables import Table, escaped
 from gradreg.studies.claims import CLAIMS, cost, flooding, generalization, linear, runner, sam
-from gradreg.studies.claims.claim import FAILS, HOLDS, UNDECIDED, Above, AtMost, Measured, Plan, Subclaim, Table, holm
+from gradreg.studies.claims.claim import FAILS, HOLDS, UNDECIDED, Above, AtMost, Measured, Plan, Subclaim, holm
 from gradreg.studies.claims.generalization import Choice
-from gradreg.studies.claims.page import MARK, escaped, markdown, summary
+from gradreg.studies.claims.page import page as page_of
+from gradreg.studies.claims.page import summary
 from gradreg.studies.claims.runner import judged, run_claims, shown, together
 
 # Verdicts.
@@ -225,8 +228,10 @@ def test_the_command_measures_every_claim_and_writes_its_page(tiny, tmp_path, ca
         figure = page.parent / "figures" / f"claims-{name}.svg"
         assert ElementTree.parse(figure).getroot().tag.endswith("svg")
         assert f"(figures/{figure.name})" in text
+    assert (folder / "report.html").read_text(encoding="utf-8").count("<svg") == 2
     printed = capsys.readouterr()
     assert "(e) Flooding performs F-GR" in printed.out
+    assert str(folder / "report.html") in printed.out.replace("\n", "")
     assert printed.err == ""  # no progress in a pipe
 
     # On top of its own page it may write, into its own folder it may not.
@@ -286,11 +291,11 @@ def test_what_comes_from_outside_stays_text_on_the_page():
     table = Table(hostile, ("", "x"), [("hostile", hostile)])
     measured = Measured({"d1, MLP": [0.0, 0.0]}, {hostile: hostile}, [table])
     claim = {**judged(CLAIMS["d"], measured), "seconds": 1.0}
-    text = markdown(results_of(claim, machine=hostile, date=hostile), {"intervals": "figures/x.svg"})
+    text = markdown(page_of(results_of(claim, machine=hostile, date=hostile)))
     assert "<script" not in text
     assert "](w)" not in text.replace("\\](w)", "")
     assert "\n# h" not in text
-    assert MARK in text
+    assert "Made by `gradreg claims`: edit the command" in text
     assert [line.count("|") for line in text.splitlines() if line.startswith("| hostile")] == [3]
 
 

@@ -13,6 +13,7 @@ from gradreg.lab.cost import steps as costs
 from gradreg.lab.cost.figure import figure
 from gradreg.lab.cost.grid import GridPlan, run_grid, verdict
 from gradreg.lab.cost.measure import CASES, COMPARED, LEAST_ROUNDS, PREDICTED, Plan, mlp_case, run_cost
+from gradreg.lab.page import tell
 from gradreg.lab.tables import WIDTH
 
 
@@ -30,7 +31,7 @@ def toy(tmp_path_factory):
 
 def test_the_folder_holds_what_was_measured(toy):
     results, folder = toy
-    assert {path.name for path in folder.iterdir()} == {"config.json", "results.json", "cost.svg"}
+    assert {path.name for path in folder.iterdir()} == {"config.json", "results.json", "cost.svg", "report.html"}
     stored = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert stored == json.loads(json.dumps(results))
     assert [case["name"] for case in stored["cases"]] == ["MLP, 2 layers", "MLP, 3 layers", "GPT, 4 layers"]
@@ -67,7 +68,7 @@ def test_memory_holds_weights_gradients_momentum_and_one_more_copy(toy):
         assert peak["DB"] > peak["SAM"]
 
 
-def test_the_figure_is_svg_with_labels_and_a_sentence(toy):
+def test_the_page_has_the_figure_with_labels_and_a_sentence(toy):
     results, folder = toy
     text = (folder / "cost.svg").read_text(encoding="utf-8")
     assert ElementTree.fromstring(text).tag.endswith("svg")
@@ -76,9 +77,11 @@ def test_the_figure_is_svg_with_labels_and_a_sentence(toy):
         "time of a step, over SGD's",
         "peak memory of a step",
         "counting products",
-        "A step of F-GR",
     ):
         assert part in text
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    assert report.count("<svg") == 1
+    assert "A step of F-GR takes" in report
     for model in ("mlp", "gpt"):
         alone = {**results, "cases": [case for case in results["cases"] if case["model"] == model]}
         assert figure(alone).count("<svg") == 1
@@ -87,7 +90,7 @@ def test_the_figure_is_svg_with_labels_and_a_sentence(toy):
 def test_the_tables_show_each_case_and_what_counting_predicts(toy, capsys):
     results, folder = toy
     with tables_fit():
-        cost_report.print_tables(results, folder)
+        tell(cost_report.told(results), results, folder)
     printed = capsys.readouterr().out
     for case in results["cases"]:
         assert printed.count(case["name"]) >= 3
@@ -210,6 +213,7 @@ def test_the_grid_table(tmp_path, capsys):
     assert "3.60 (3.50 to 3.70)" in printed
     assert printed.count("reached") == 2
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["grids"] == results["grids"]
+    assert "3.60 times as many at width 64 (reached)" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from printed import tables_fit
 from gradreg.lab import stats
 from gradreg.lab.cost.steps import step_costs
 from gradreg.lab.folder import BadInput, new_folder, write_json
+from gradreg.lab.page import html, tell
 from gradreg.studies.demo import run as demo
-from gradreg.studies.demo.figures import accuracy_figure, gradient_norm_figure
-from gradreg.studies.demo.report import page, print_table
+from gradreg.studies.demo.report import page, told
 from gradreg.studies.demo.run import Plan, run_demo, sentence
 from gradreg.studies.demo.tasks import TASKS
 from gradreg.studies.demo.tune import GRIDS
@@ -57,7 +57,7 @@ def test_the_table_can_be_read_whatever_it_says(toy, capsys):
             row["difference"] |= {"mean": -0.1, "low": -0.125, "high": 0.101}
             row["verdict"] = stats.UNDECIDED
     with tables_fit():
-        print_table(wide, folder)
+        tell(told(wide), wide, folder)
     printed = capsys.readouterr().out
     assert "−10.0 (−12.5 to +10.1)  none shown" in printed
     assert str(folder) in printed  # not broken, so that it can be copied
@@ -85,8 +85,7 @@ def test_the_figures_are_svg_and_the_page_loads_nothing(toy):
 def test_a_hostile_name_stays_text(toy):
     hostile = "<script>alert('$x$')</script>"
     results = {**toy[0], "name": hostile, "tasks": [{**task, "name": hostile} for task in toy[0]["tasks"]]}
-    figures = {"accuracy": accuracy_figure(results), "gradient_norm": gradient_norm_figure(results)}
-    text = page(results, figures)
+    text = html(page(results))
     assert "<script" not in text
     assert "&lt;script&gt;" in text
 
@@ -98,10 +97,7 @@ def test_a_run_that_diverged_is_counted(toy):
         for r in results["runs"]
     ]
     task = demo.summarize(TOY.tasks[0], runs, dict.fromkeys(GRIDS, 1.0))
-    shown = {**results, "tasks": [task]}
-    assert "2 diverged" in page(
-        shown, {"accuracy": accuracy_figure(shown), "gradient_norm": gradient_norm_figure(shown)}
-    )
+    assert "2 diverged" in html(page({**results, "tasks": [task]}))
 
 
 def test_a_folder_that_holds_something_is_left_alone(toy):

@@ -120,7 +120,14 @@ def test_the_command_writes_its_folder_and_overwrites_nothing(toy, tmp_path, cap
     out = tmp_path / "result"
     with tables_fit():
         assert main(["dln", "--seeds", "2", "--out", str(out)]) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["dln_bias.svg", "dln_map.svg", "dln_steps.svg", "results.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "dln_bias.svg",
+        "dln_map.svg",
+        "dln_steps.svg",
+        "report.html",
+        "results.json",
+    ]
+    assert "<image" not in (out / "report.html").read_text(encoding="utf-8")  # which the policy would not load
     results = json.loads((out / "results.json").read_text())
     assert results["command"] == "gradreg dln --seed 0 --seeds 2"
     assert [s["name"] for s in results["settings"]] == [s.name for s in SETTINGS]

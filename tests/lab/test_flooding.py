@@ -65,7 +65,7 @@ def test_the_command_writes_its_folder(monkeypatch, tmp_path, capsys):
     out = tmp_path / "result"
     with tables_fit():
         assert main(["flooding", "--seeds", "2", "--out", str(out)]) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["flooding.svg", "results.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["flooding.svg", "report.html", "results.json"]
     results = json.loads((out / "results.json").read_text())
     assert results["command"] == Plan((0, 1)).command == "gradreg flooding --seed 0 --seeds 2"
     printed = capsys.readouterr()

@@ -12,10 +12,10 @@ from gradreg.cli import main
 from gradreg.lab.batched import obstacle
 from gradreg.lab.commands import LAST_SEED
 from gradreg.lab.cost.steps import Ratio
+from gradreg.lab.page import markdown
 from gradreg.lab.tasks import trained
 from gradreg.studies.frontier import cost, page, run, tune
 from gradreg.studies.frontier.modes import FULL, MODES, PLAIN, TASKS, Candidate, job
-from gradreg.studies.frontier.page import MARK
 from gradreg.studies.frontier.summary import GOALS, goals, panels, price, task_row, worst
 from gradreg.studies.frontier.tune import (
     CANDIDATES,
@@ -264,12 +264,11 @@ def test_the_page_has_every_number_its_figures_and_no_markup_from_outside(task):
         "goals": goals([task]),
         "mechanism": {"t": points},
     }
-    figures = page.figures_of(results)
-    assert figures.keys() == page.CAPTIONS.keys()
-    for svg in figures.values():
-        assert ElementTree.fromstring(svg).tag.endswith("svg")
-        assert "every 4th" in svg
-    text = page.markdown(results, {name: f"figures/{name}.svg" for name in figures})
+    made = page.page(results)
+    for figure in made.figures:
+        assert ElementTree.fromstring(figure.svg).tag.endswith("svg")
+        assert "every 4th" in figure.svg
+    text = markdown(made)
     assert "| MSAM | 1.00 | 1.01" in text
     assert "(figures/pareto.svg)" in text
     assert "beyond noise" in text
@@ -316,7 +315,8 @@ def test_the_command_writes_its_folder_and_page(tiny, tmp_path, capsys):
 
     text = target.read_text(encoding="utf-8")
     assert text == (tmp_path / "out" / "frontier.md").read_text(encoding="utf-8")
-    assert MARK in text
+    assert "Made by `gradreg frontier`: edit the command" in text
+    assert (tmp_path / "out" / "report.html").exists()
     printed = capsys.readouterr()
     assert "every 4th, carried" in printed.out
     assert printed.err == ""  # no progress in a pipe

@@ -9,7 +9,7 @@ from gradreg.lab.config import RunConfig
 from gradreg.lab.data import load
 from gradreg.lab.data.parts import Part
 from gradreg.lab.models import build
-from gradreg.lab.objective import evaluate, gradient_norm, loss
+from gradreg.lab.objective import Evaluation, evaluate, gradient_norm, loss
 from gradreg.studies.demo.tasks import TASKS
 
 ROWS = 23
@@ -98,7 +98,7 @@ def test_the_rows_of_the_demo_are_measured_in_one_chunk(task):
         norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
         assert gradient_norm(model, part) == (mean.item(), norm.item())
         correct = (model(part.x).argmax(1) == part.y).float().mean().item()
-        assert evaluate(model, part) == type(evaluate(model, part))(mean.item(), correct)
+        assert evaluate(model, part) == Evaluation(mean.item(), correct, len(part))
 
 
 @pytest.mark.parametrize(("data", "most"), [("mnist1d", 4000), ("text", 256)])

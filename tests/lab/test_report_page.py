@@ -284,8 +284,9 @@ def test_curves_are_means_over_the_runs_that_did_not_diverge(study):
     line = line_of("F-GR", point, "train_loss")
     losses = [run.curve[-1]["train_loss"] for run in point.runs]
     assert line.steps[-1] == 1200
-    assert line.mean[-1] == pytest.approx(math.exp(sum(map(math.log, losses)) / len(losses)))
-    assert (line.low[-1], line.high[-1]) == (min(losses), max(losses))
+    last = line.intervals[-1]
+    assert last["mean"] == pytest.approx(math.exp(sum(map(math.log, losses)) / len(losses)))
+    assert (last["low"], last["high"]) == (min(losses), max(losses))
     assert line_of("F-GR", point, "validation_accuracy") is None
     (broken,) = (p for p in study.points if p.num_diverged and p.method == "F-GR")
     assert line_of("F-GR", broken, "train_loss").steps[-1] == 1200
@@ -472,8 +473,11 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys):
     started = tmp_path / "started"
     started.mkdir()
     (started / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "report.html").touch()
     cases = {
         "DIR must be a folder of gradreg sweep": [str(tmp_path / "empty")],
+        "which has its page already: ": [str(tmp_path / "demo")],
         "DIR must be a folder that can be read": [str(tmp_path / "nowhere")],
         "Not a directory": [str(tmp_path / "file.html")],
         "DIR must hold a finished run": [str(started)],

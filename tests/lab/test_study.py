@@ -297,7 +297,7 @@ def test_a_journal_without_checks_is_read_and_gone_on_with(journal, finished):
     with Study(journal) as study:
         take(study, count=2)
         study.finish("run 1", result(0.5))
-    assert {key: found.accuracy for key, found in Study(journal).board().results.items()} == {
+    assert {key: found.score for key, found in Study(journal).board().results.items()} == {
         "run 0": 0.75,
         "run 1": 0.5,
     }

@@ -9,6 +9,7 @@ import pytest
 from gradreg import cli
 from gradreg.lab import trackers
 from gradreg.lab.folder import BadInput
+from gradreg.lab.records import opened
 from gradreg.lab.train import session
 
 RUN = "train --data digits --num-train 100 --batch-size 20 --width 8 --epochs 3"
@@ -81,12 +82,12 @@ def status(line, *more):
 
 
 def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [opened(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
 
 
 def results(folder):
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    return {key: found[key] for key in session.MEASURED_LAST}
+    return {key: found[key] for key in ("test_loss", "test_accuracy")}
 
 
 def test_several_trackers_get_each_row_the_configuration_and_the_results(wandb, mlflow, tmp_path):

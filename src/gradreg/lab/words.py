@@ -1,44 +1,77 @@
-"""Numbers and verdicts in words: the same in tables, on pages and in figures. Functions of rows of results.json."""
+"""Numbers and verdicts in words: the same in tables, on pages and in figures."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from gradreg.lab import stats
 
 Row = Mapping[str, Any]
-SYMBOLS = {"gamma": "γ", "epsilon": "ε", "rho": "ρ", "level": "b"}
+SYMBOLS = {"gamma": "γ", "epsilon": "ε", "rho": "ρ", "level": "b", "lookahead": "ρ", "average": "last"}
 
 
-def ranged(interval: Row | None, digits: int = 3) -> str:
-    """`0.043 (0.031 to 0.055)`."""
+def ranged(interval: Any, digits: int = 3, sign: str = "", form: str = "{} ({} to {})") -> str:
+    """A mean, or a median, with its interval; alone where there is none.
+
+    Example:
+        >>> ranged({"mean": 0.043, "low": 0.031, "high": 0.055}), ranged(stats.Interval(1, math.nan, math.nan), 1)
+        ('0.043 (0.031 to 0.055)', '1.0')
+        >>> ranged({"median": 2.4, "low": 1.8, "high": 3.0}, 1, "+", BRACKETS)
+        '+2.4 [+1.8, +3.0]'
+    """
     if interval is None:
         return "–"
-    return f"{interval['mean']:.{digits}f} ({interval['low']:.{digits}f} to {interval['high']:.{digits}f})"
+    row = interval if isinstance(interval, Mapping) else asdict(interval)
+    middle = row["mean"] if "mean" in row else row["median"]
+    shown = [number(value, digits, sign) for value in (middle, row["low"], row["high"])]
+    return shown[0] if math.isnan(row["low"]) else form.format(*shown)
 
 
-def stacked(interval: Row | None, digits: int = 3) -> str:
-    """The mean, and the interval below it."""
-    return ranged(interval, digits).replace(" (", "\n").rstrip(")")
+BRACKETS = "{} [{}, {}]"
+
+
+def plus_minus(interval: Any, digits: int = 1, sign: str = "") -> str:
+    """`96.3 ± 0.4`; the mean alone where there is no interval."""
+    if interval is None:
+        return "–"
+    row = interval if isinstance(interval, Mapping) else asdict(interval)
+    margin = (row["high"] - row["low"]) / 2
+    return number(row["mean"], digits, sign) + ("" if math.isnan(margin) else f" ± {margin:.{digits}f}")
 
 
 def mean(interval: Row | None, digits: int = 3) -> str:
-    return "–" if interval is None else f"{interval['mean']:.{digits}f}"
+    return "–" if interval is None else number(interval["mean"], digits)
+
+
+def number(value: float, digits: int = 1, sign: str = "") -> str:
+    """With a minus that is one, and no negative zero."""
+    return f"{value + 0.0:{sign}.{digits}f}".replace("-", "−")
+
+
+def percent(share: Any) -> str:
+    """`96.3 ± 0.4`, of an interval of shares; empty where there is none."""
+    return "" if share is None else plus_minus(_times_100(share))
+
+
+def points(share: Any) -> str:
+    """`+1.2 (+0.3 to +2.1)`, percentage points; empty where there is no interval."""
+    return "" if share is None else ranged(_times_100(share), 1, "+")
+
+
+def _times_100(share: Any) -> dict[str, float]:
+    return {key: 100 * value for key, value in (share if isinstance(share, Mapping) else asdict(share)).items()}
 
 
 def accuracy(row: Row) -> str:
-    """`96.3 ± 0.4`, in percent."""
-    interval = row["accuracy"]
-    return f"{100 * interval['mean']:.1f} ± {50 * (interval['high'] - interval['low']):.1f}"
+    return percent(row["accuracy"])
 
 
 def difference(row: Row) -> str:
-    """`+1.2 (+0.3 to +2.1)`, in percentage points; empty for SGD itself."""
-    if "difference" not in row:
-        return ""
-    mean, low, high = (100 * row["difference"][key] + 0.0 for key in ("mean", "low", "high"))
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})".replace("-", "−")
+    """Empty for SGD itself."""
+    return points(row.get("difference"))
 
 
 def verdict_words(row: Row) -> str:
@@ -46,10 +79,6 @@ def verdict_words(row: Row) -> str:
     verdict = row.get("verdict", "")
     text = "none shown" if verdict == stats.UNDECIDED else verdict
     return f"{text}\n{row['diverged']} diverged".strip() if row["diverged"] else text
-
-
-def diverged(row: Row) -> str:
-    return f", {row['diverged']} diverged" if row["diverged"] else ""
 
 
 def settings(row: Row) -> str:
@@ -62,7 +91,11 @@ def sentence(rows: Sequence[Row]) -> str:
     sgd = rows[0]["accuracy"]["mean"]
     parts = []
     for verdict, words in ((stats.BETTER, "better than SGD"), (stats.WORSE, "worse than SGD")):
-        names = [f"{r['name']} ({signed(r['difference']['mean'])})" for r in rows[1:] if r["verdict"] == verdict]
+        names = [
+            f"{r['name']} ({number(100 * r['difference']['mean'], 1, '+')})"
+            for r in rows[1:]
+            if r["verdict"] == verdict
+        ]
         parts += [f"{words}: {', '.join(names)}"] if names else []
     if not parts:
         return f"No method is shown to differ from SGD ({100 * sgd:.1f}%)."
@@ -70,10 +103,6 @@ def sentence(rows: Sequence[Row]) -> str:
     parts += [f"no difference shown: {', '.join(rest)}"] if rest else []
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]} (points over {100 * sgd:.1f}%)."
-
-
-def signed(share: float) -> str:
-    return f"{100 * share:+.1f}".replace("-", "−")
 
 
 def listed(names: Sequence[str]) -> str:

@@ -80,7 +80,7 @@ def cost(
     """Measure a step of SGD, F-GR, B-GR, Central, DB and SAM: time, FLOPs and memory, against depth and for models.
 
     Prints ratios to SGD with intervals, next to what counting matrix products predicts, and writes a folder:
-    results.json and a figure. Under 5 minutes on two quiet cores. Close what else is running.
+    report.html, results.json and a figure. Under 5 minutes on two quiet cores. Close what else is running.
     """
     import torch
 

@@ -14,8 +14,10 @@ import torch
 from gradreg.lab.about import provenance
 from gradreg.lab.batched.speed import ALL_THREADS, BATCHED, EACH_CORE, GridSpeed
 from gradreg.lab.folder import write_json
+from gradreg.lab.page import Items, Page, made, publish, tell
 from gradreg.lab.progress import progress_bar
-from gradreg.lab.tables import console, say, table_of
+from gradreg.lab.tables import Table
+from gradreg.lab.words import listed, ranged
 
 TARGETS = {64: 3.0, 256: 1.5}
 """By width, on two cores of a CPU."""
@@ -78,7 +80,8 @@ def run_grid(plan: GridPlan, folder: Path, measure: Measure | None = None) -> Ro
         "grids": [{**asdict(speed), **verdict(speed)} for speed in speeds],
     }
     write_json(folder / "results.json", results)
-    _print(results, folder)
+    publish(_page(results), folder)
+    tell([_table(results), Items(_notes(results))], results, folder)
     return results
 
 
@@ -89,27 +92,35 @@ def verdict(speed: GridSpeed) -> Row:
     return {"target": target, "verdict": says}
 
 
-def _print(results: Row, folder: Path) -> None:
-    out = console()
+def _table(results: Row) -> Table:
     ways = {ALL_THREADS: "all threads", EACH_CORE: "each core", BATCHED: "batched"}
-    table = table_of("Configurations per second", ["width", *ways.values(), "ratio", "target", ""])
-    for grid in results["grids"]:
-        table.add_row(
+    rows = [
+        [
             str(grid["width"]),
             *(f"{grid['configs_per_second'][way]:.2f}" for way in ways),
-            f"{grid['ratio']:.2f} ({grid['low']:.2f} to {grid['high']:.2f})",
+            ranged({"median": grid["ratio"], **grid}, 2),
             f"{grid['target']:g}",
             grid["verdict"],
-        )
-    out.print(table)
+        ]
+        for grid in results["grids"]
+    ]
+    return Table("Configurations per second", ["width", *ways.values(), "ratio", "target", "verdict"], rows)
+
+
+def _notes(results: Row) -> list[str]:
     first = results["grids"][0]
     load = f", load {results['load']:g} at the start" if results["load"] is not None else ""
-    lines = [
+    return [
         f"{first['num_configs']} configurations (SGD, F-GR, B-GR, DB; each with a seed, γ and ε of its own) of "
         f"{first['num_steps']} steps: an MLP of depth 3 on one-dimensional MNIST, batches of 100.",
         "One at a time with all threads on a run, and with a process of one thread on each core; batched as one model. "
         f"The ratio is to the faster of the two: median over {results['rounds']} rounds, 95% interval by bootstrap.",
         f"{results['machine']}; on {first['device']}, torch {results['versions']['torch']}{load}.",
     ]
-    say(out, *(f"- {line}" for line in lines))
-    say(out, "", f"{results['seconds']:.0f} s. Data: {folder}")
+
+
+def _page(results: Row) -> Page:
+    asked = "How many configurations per second does the batched engine train, beside runs played one at a time?"
+    found = listed([f"{g['ratio']:.2f} times as many at width {g['width']} ({g['verdict']})" for g in results["grids"]])
+    blocks = [f"{asked} {found}.", made(results), _table(results), Items(_notes(results))]
+    return Page("The batched engine", blocks, "gradreg cost")

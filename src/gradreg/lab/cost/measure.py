@@ -21,7 +21,8 @@ from gradreg.lab.about import provenance
 from gradreg.lab.config import RunConfig
 from gradreg.lab.cost import steps as costs
 from gradreg.lab.data.parts import Part, Split
-from gradreg.lab.folder import write_json, write_text
+from gradreg.lab.folder import write_json
+from gradreg.lab.page import publish, tell
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.task import Task
 from gradreg.lab.tasks import builtin
@@ -137,8 +138,7 @@ def _smaller(case: Case) -> Case:
 
 def run_cost(plan: Plan, folder: Path) -> Row:
     """Measure, write the folder, print the tables; return what results.json holds."""
-    from gradreg.lab.cost.figure import figure
-    from gradreg.lab.cost.report import print_tables
+    from gradreg.lab.cost.report import page, told
 
     started = time.perf_counter()
     torch.set_num_threads(plan.threads)
@@ -172,8 +172,8 @@ def run_cost(plan: Plan, folder: Path) -> Row:
         "cases": rows,
     }
     write_json(folder / "results.json", results)
-    write_text(folder / "cost.svg", figure(results))
-    print_tables(results, folder)
+    publish(page(results), folder)
+    tell(told(results), results, folder)
     return results
 
 

@@ -73,9 +73,9 @@ def heat_maps(study: Study, prefix: str) -> Maps | None:
     drawings = []
     for k, grid in enumerate(grids):
         draw = scatter_map if grid.is_sparse else heat_map
-        svg = inline(f"{prefix}-map{k}", draw(grid, scale), keeps_size=True)
+        svg = inline(f"{prefix}-map{k}", draw(grid, scale))
         drawings.append(Drawing(grid.method, svg, heat_sentence(grid, sgd.mean if sgd else None)))
-    bar = inline(f"{prefix}-bar", color_bar(scale, sgd.mean if sgd else None), keeps_size=True)
+    bar = inline(f"{prefix}-bar", color_bar(scale, sgd.mean if sgd else None))
     kinds = {grid.is_sparse for grid in grids}
     reading = " ".join(said for is_sparse, said in _READING.items() if is_sparse in kinds)
     return Maps(drawings, bar, f"{100 * scale.low:.1f}% or less" if scale.low > min(means) else "", reading)
@@ -148,8 +148,8 @@ def curve_figures(study: Study, prefix: str) -> list[Drawing]:
         lines = [line for method, point in study.best.items() if (line := line_of(method, point, name))]
         if any(len(line.steps) > 1 for line in lines):
             is_log = name != "validation_accuracy"
-            svg = inline(f"{prefix}-{name.replace('_', '-')}", curves(lines, is_log), keeps_size=True)
-            ends = {line.method: line.mean[-1] / (1 if is_log else 100) for line in lines}
+            svg = inline(f"{prefix}-{name.replace('_', '-')}", curves(lines, is_log))
+            ends = {line.method: line.intervals[-1]["mean"] / (1 if is_log else 100) for line in lines}
             drawings.append(Drawing(title, svg, curve_sentence(name, ends)))
     return drawings
 
@@ -169,7 +169,8 @@ def line_of(method: str, point: Point, name: str) -> Line | None:
         mean = [math.exp(math.fsum(map(math.log, column)) / len(column)) for column in columns]
     else:
         mean = [math.fsum(column) / len(column) for column in columns]
-    return Line(method, steps, mean, [min(column) for column in columns], [max(column) for column in columns])
+    ends = [{"mean": middle, "low": min(column), "high": max(column)} for middle, column in zip(mean, columns)]
+    return Line(method, steps, ends)
 
 
 def _recorded(point: Point) -> list[Run]:
@@ -213,5 +214,5 @@ def cost_drawing(rows: Sequence[Comparison], prefix: str) -> Drawing | None:
             offers.append(Offer(row.method, row.cost, *(100 * v for v in (found.mean, found.low, found.high))))
     if not offers:
         return None
-    svg = inline(f"{prefix}-cost", cost_figure(offers, f"{part} accuracy (%)"), keeps_size=True)
+    svg = inline(f"{prefix}-cost", cost_figure(offers, f"{part} accuracy (%)"))
     return Drawing(f"{part} accuracy", svg, cost_sentence(offers))

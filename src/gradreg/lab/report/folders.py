@@ -29,7 +29,9 @@ def read(folder: Path) -> list[Study]:
     sources = list(_sources(folder))
     if not sources:
         kinds = "a folder of gradreg sweep or gradreg train, or one that holds such folders"
-        raise BadInput(f"DIR must be {kinds}, got {shown(folder)}.")
+        its_page = folder / "report.html"  # of a study, which the command that measured it has written
+        more = f", which has its page already: {shown(its_page)}" if os.path.exists(its_page) else ""
+        raise BadInput(f"DIR must be {kinds}, got {shown(folder)}{more}.")
     if not any(source.runs for source in sources):
         why = " ".join(note for source in sources for note in source.notes)
         raise BadInput(f"DIR must hold a finished run, got {shown(folder)}, which holds none. {why}".strip())

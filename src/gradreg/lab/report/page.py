@@ -17,27 +17,16 @@ from markupsafe import Markup
 
 import gradreg
 from gradreg.lab.config import SETTINGS
+from gradreg.lab.figures import look
 from gradreg.lab.folder import BadInput
 from gradreg.lab.methods import METHODS
 from gradreg.lab.page import render, source
-from gradreg.lab.report.figures import Drawing, Maps, cost_drawing, costs_of, curve_figures, heat_maps
+from gradreg.lab.report.figures import cost_drawing, costs_of, curve_figures, heat_maps
 from gradreg.lab.report.folders import read
-from gradreg.lab.report.plots import key
 from gradreg.lab.report.snippets import as_python, as_yaml, configuration
 from gradreg.lab.report.studies import Point, Run, Source, Study, height, number, text
-from gradreg.lab.report.text import (
-    Comparison,
-    compare,
-    findings,
-    headline,
-    percent,
-    points_of,
-    settings,
-    short,
-    task_words,
-    words,
-)
-from gradreg.lab.words import listed, plural
+from gradreg.lab.report.text import compare, findings, headline, settings, short, task_words, words
+from gradreg.lab.words import listed, percent, plural, points
 
 GENERATOR = "gradreg report"
 MOST_POINTS, MOST_RUNS = 2_000, 2_000
@@ -63,34 +52,6 @@ class Entry:
     runs: list[str]
 
 
-@dataclass(frozen=True)
-class Section:
-    """A study as the template shows it."""
-
-    id: str
-    study: Study
-    headline: str
-    findings: list[str]
-    rows: list[Comparison]
-    methods: list[tuple[str, str]]
-    rest: str
-    """What varied besides the settings of the methods with a map."""
-    maps: Maps | None
-    curves: list[Drawing]
-    cost: Drawing | None
-    how_cost: str
-    columns: list[str]
-    entries: list[Entry]
-    summary: str
-    left_out: str
-    best: Point
-    yaml: str
-    python: str
-    refused: str
-    about: list[tuple[str, list[tuple[str, str]]]]
-    notes: list[str]
-
-
 def page(folder: Path) -> str:
     """The page for a folder.
 
@@ -100,7 +61,7 @@ def page(folder: Path) -> str:
     sections = [_section(study, f"s{k}") for k, study in enumerate(read(folder), 1)]
     script = re.sub(r"\s*</?script>\s*", "\n", source("gradreg.lab.report", "script.html"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    filters = {"percent": percent, "points": points_of, "short": short, "words": words}
+    filters = {"percent": percent, "points": points, "short": short, "words": words}
     return render(
         "gradreg.lab.report",
         "page.html",
@@ -110,7 +71,7 @@ def page(folder: Path) -> str:
         generator=GENERATOR,
         script=Markup(script),
         digest=digest,
-        key=key,
+        look=look,
         settings=settings,
         task_words=task_words,
         version=gradreg.__version__,
@@ -127,7 +88,8 @@ def is_ours(path: Path) -> bool:
         return False
 
 
-def _section(study: Study, prefix: str) -> Section:
+def _section(study: Study, prefix: str) -> dict[str, Any]:
+    """A study as the template shows it."""
     costs, how_cost = costs_of(study)
     rows = compare(study, costs)
     columns, entries, left_out = _table(study)
@@ -137,29 +99,29 @@ def _section(study: Study, prefix: str) -> Section:
         yaml, python = as_yaml(config), as_python(config)
     except BadInput as error:
         refused = text(str(error))
-    return Section(
-        id=prefix,
-        study=study,
-        headline=headline(study, rows),
-        findings=findings(study, rows),
-        rows=rows,
-        methods=[(method, METHODS[method].about) for method in study.methods if method in METHODS],
-        rest=_rest(study),
-        maps=heat_maps(study, prefix),
-        curves=curve_figures(study, prefix),
-        cost=cost_drawing(rows, prefix),
-        how_cost=how_cost,
-        columns=columns,
-        entries=entries,
-        summary=_summary(study),
-        left_out=left_out,
-        best=study.winner,
-        yaml=yaml,
-        python=python,
-        refused=refused,
-        about=[_about(source) for source in study.sources[:_MOST_SOURCES]],
-        notes=[f"{text(source.name)}: {text(note)}" for source in study.sources for note in source.notes],
-    )
+    return {
+        "id": prefix,
+        "study": study,
+        "headline": headline(study, rows),
+        "findings": findings(study, rows),
+        "rows": rows,
+        "methods": [(method, METHODS[method].about) for method in study.methods if method in METHODS],
+        "rest": _rest(study),  # what varied besides the settings of the methods with a map
+        "maps": heat_maps(study, prefix),
+        "curves": curve_figures(study, prefix),
+        "cost": cost_drawing(rows, prefix),
+        "how_cost": how_cost,
+        "columns": columns,
+        "entries": entries,
+        "summary": _summary(study),
+        "left_out": left_out,
+        "best": study.winner,
+        "yaml": yaml,
+        "python": python,
+        "refused": refused,
+        "about": [_about(source) for source in study.sources[:_MOST_SOURCES]],
+        "notes": [f"{text(source.name)}: {text(note)}" for source in study.sources for note in source.notes],
+    }
 
 
 def _rest(study: Study) -> str:
@@ -171,13 +133,13 @@ def _rest(study: Study) -> str:
 
 def _summary(study: Study) -> str:
     """What the table holds."""
-    points = study.points
-    means = [point.validation.mean for point in points if point.validation]
-    said = f"{len(points)} point{plural(len(points))} in {len(study.runs)} run{plural(len(study.runs))}, the highest "
+    count = len(study.points)
+    means = [point.validation.mean for point in study.points if point.validation]
+    said = f"{count} point{plural(count)} in {len(study.runs)} run{plural(len(study.runs))}, the highest "
     said += "first; a point is the runs that differ in their seed alone, and opens to show them."
     if means:
         said += f" Validation accuracy goes from {100 * min(means):.1f}% to {100 * max(means):.1f}%."
-    diverged = sum(point.num_diverged > 0 for point in points)
+    diverged = sum(point.num_diverged > 0 for point in study.points)
     return said + (f" In {diverged} point{plural(diverged)} some run diverged." if diverged else "")
 
 
@@ -185,13 +147,13 @@ def _table(study: Study) -> tuple[list[str], list[Entry], str]:
     has_test = any(point.test for point in study.points)
     columns = ["validation, %", *(["test, %"] if has_test else []), *(words(name) for name in study.columns)]
     columns += ["train loss", "‖∇L‖", "seeds", "diverged", "seconds"]
-    points = sorted(study.points, key=lambda point: -height(point))
+    ordered = sorted(study.points, key=lambda point: -height(point))
     entries, budget = [], MOST_RUNS
-    for point in points[:MOST_POINTS]:
+    for point in ordered[:MOST_POINTS]:
         runs = sorted(point.runs, key=lambda run: json.dumps(run.seed))[:budget]
         budget -= len(runs)
         entries.append(Entry(point.method, _cells(study, point, has_test), [_line(run) for run in runs]))
-    left = len(points) - len(entries), len(study.runs) - (MOST_RUNS - budget)
+    left = len(ordered) - len(entries), len(study.runs) - (MOST_RUNS - budget)
     said = f"{left[0]} points and {left[1]} runs more are in the files of the folder." if any(left) else ""
     return columns, entries, said
 
@@ -200,7 +162,7 @@ def _cells(study: Study, point: Point, has_test: bool) -> list[Cell]:
     scores = (point.validation, point.test) if has_test else (point.validation,)
     loss, norm, seconds = (point.mean(name) for name in ("train_loss", "grad_norm", "seconds"))
     return [
-        *(_cell(found.mean if found else None, percent(found).rstrip("%")) for found in scores),
+        *(_cell(found.mean if found else None, percent(found)) for found in scores),
         *(_cell(point.config.get(name), text(point.config.get(name))) for name in study.columns),
         _cell(loss, short(loss)),
         _cell(norm, short(norm)),

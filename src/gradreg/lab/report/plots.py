@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import matplotlib
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-from gradreg.lab.figures import COLORS, FAINT, INK, STYLE, LineStyle, svg
+from gradreg.lab.figures import FAINT, INK, LOOKS, as_svg, band, logarithmic, look
+from gradreg.lab.labels import settle, write_names
 
 MAP = colormaps["viridis"]
 _SHADES = 48  # of the color bar, drawn as rectangles: an image in the SVG would be a resource to load
-_KEYS: dict[str, tuple[str, LineStyle, str]] = {
-    **{name: (*COLORS[name], marker) for name, marker in zip(COLORS, "os<Dvp")},
-    "F-GR": ("#1b82c8", "-", "s"),  # the palette's blue is too dark for a dark page
-    "Central": ("#b38600", "--", "P"),
-    "ASAM": ("#e58f5a", "--", "X"),
-}
 _PER_CELL = 0.56, 0.4  # inches
 
 
@@ -67,33 +60,28 @@ class Scale:
         return float(red), float(green), float(blue)
 
 
-def key(method: str) -> tuple[str, LineStyle, str]:
-    """Color, dashes and marker of a method."""
-    return _KEYS.get(method, (FAINT, ":", "*"))
-
-
-def heat_map(grid: Grid, scale: Scale) -> str:
+@as_svg
+def heat_map(grid: Grid, scale: Scale) -> Figure:
     """Mean accuracy in percent in every cell; a dashed cell was not run, the framed one is the best."""
     width, height = (n * inch for n, inch in zip((len(grid.columns), len(grid.rows)), _PER_CELL))
     left, bottom = (0.75 if grid.row_label else 0.1), 0.5
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(left + width + 0.06, bottom + height + 0.06))
-        full_width, full_height = figure.get_size_inches()
-        axes = figure.add_axes(
-            (left / full_width, bottom / full_height, width / full_width, height / full_height),
-            xlim=(0, len(grid.columns)),
-            ylim=(0, len(grid.rows)),
-        )
-        for row in range(len(grid.rows)):
-            for column in range(len(grid.columns)):
-                _draw_cell(axes, row, column, grid.cells.get((row, column)), scale, (row, column) == grid.best)
-        axes.set_xticks([k + 0.5 for k in range(len(grid.columns))], grid.columns)
-        axes.set_yticks([k + 0.5 for k in range(len(grid.rows))], grid.rows)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        axes.set_xlabel(grid.column_label)
-        axes.set_ylabel(grid.row_label, rotation=0, labelpad=8)
-        return _drawn(figure)
+    figure = Figure(figsize=(left + width + 0.06, bottom + height + 0.06))
+    full_width, full_height = figure.get_size_inches()
+    axes = figure.add_axes(
+        (left / full_width, bottom / full_height, width / full_width, height / full_height),
+        xlim=(0, len(grid.columns)),
+        ylim=(0, len(grid.rows)),
+    )
+    for row in range(len(grid.rows)):
+        for column in range(len(grid.columns)):
+            _draw_cell(axes, row, column, grid.cells.get((row, column)), scale, (row, column) == grid.best)
+    axes.set_xticks([k + 0.5 for k in range(len(grid.columns))], grid.columns)
+    axes.set_yticks([k + 0.5 for k in range(len(grid.rows))], grid.rows)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel(grid.column_label)
+    axes.set_ylabel(grid.row_label, rotation=0, labelpad=8)
+    return figure
 
 
 def _draw_cell(axes: Any, row: int, column: int, cell: Cell | None, scale: Scale, is_best: bool) -> None:
@@ -118,28 +106,28 @@ def _draw_cell(axes: Any, row: int, column: int, cell: Cell | None, scale: Scale
         axes.text(column + 0.5, row + 0.24, f"{cell.num_diverged} div.", color=ink, fontsize=6.5, **middle)
 
 
-def scatter_map(grid: Grid, scale: Scale) -> str:
+@as_svg
+def scatter_map(grid: Grid, scale: Scale) -> Figure:
     """The points of a search in the plane of the settings, logarithmic; the ringed one is the best."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.1, 3.2), layout="constrained")
-        axes = figure.subplots()
-        for (row, column), cell in grid.cells.items():
-            x, y = float(grid.columns[column]), float(grid.rows[row])
-            known = math.isfinite(cell.mean)
-            color = scale.color(cell.mean) if known else "none"
-            is_best = (row, column) == grid.best
-            edge, width, size = (INK, 2.4, 11) if is_best else (FAINT, 0.6, 8)
-            marker = "X" if cell.num_diverged else "o"
-            axes.plot(x, y, marker, markerfacecolor=color, markeredgecolor=edge, markeredgewidth=width, markersize=size)
-        axes.set_xscale("symlog", linthresh=_smallest(grid.columns))
-        axes.set_yscale("symlog", linthresh=_smallest(grid.rows))
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.grid(color=FAINT, alpha=0.2, linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.set_xlabel(grid.column_label)
-        axes.set_ylabel(grid.row_label, rotation=0, labelpad=8)
-        return _drawn(figure)
+    figure = Figure(figsize=(4.1, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for (row, column), cell in grid.cells.items():
+        x, y = float(grid.columns[column]), float(grid.rows[row])
+        known = math.isfinite(cell.mean)
+        color = scale.color(cell.mean) if known else "none"
+        is_best = (row, column) == grid.best
+        edge, width, size = (INK, 2.4, 11) if is_best else (FAINT, 0.6, 8)
+        marker = "X" if cell.num_diverged else "o"
+        axes.plot(x, y, marker, markerfacecolor=color, markeredgecolor=edge, markeredgewidth=width, markersize=size)
+    axes.set_xscale("symlog", linthresh=_smallest(grid.columns))
+    axes.set_yscale("symlog", linthresh=_smallest(grid.rows))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.grid(color=FAINT, alpha=0.2, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(grid.column_label)
+    axes.set_ylabel(grid.row_label, rotation=0, labelpad=8)
+    return figure
 
 
 def _smallest(values: Sequence[str]) -> float:
@@ -147,27 +135,27 @@ def _smallest(values: Sequence[str]) -> float:
     return min((float(v) for v in values if float(v) > 0), default=1.0)
 
 
-def color_bar(scale: Scale, sgd: float | None) -> str:
+@as_svg
+def color_bar(scale: Scale, sgd: float | None) -> Figure:
     """The colors that all heat maps share, with SGD's accuracy marked."""
     low, high = 100 * scale.low, 100 * scale.high
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.2, 0.8))
-        axes = figure.add_axes(
-            (0.04, 0.42, 0.92, 0.24), xlim=(low, high) if high > low else (low - 1, low + 1), ylim=(0, 1)
-        )
-        left, right = axes.get_xlim()
-        step = (right - left) / _SHADES
-        for k in range(_SHADES):
-            color = scale.color((left + (k + 0.5) * step) / 100)
-            axes.add_patch(Rectangle((left + k * step, 0), right - left - k * step, 1, facecolor=color, linewidth=0))
-        axes.set_yticks([])
-        axes.spines[:].set_visible(False)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.tick_params(length=2, color=FAINT)
-        if sgd is not None and left <= 100 * sgd <= right:
-            axes.plot([100 * sgd] * 2, [-0.15, 1.15], color=INK, linewidth=1.6, clip_on=False)
-            axes.text(100 * sgd, 1.35, "SGD", ha="center", va="bottom", fontsize=9)
-        return _drawn(figure)
+    figure = Figure(figsize=(4.2, 0.8))
+    axes = figure.add_axes(
+        (0.04, 0.42, 0.92, 0.24), xlim=(low, high) if high > low else (low - 1, low + 1), ylim=(0, 1)
+    )
+    left, right = axes.get_xlim()
+    step = (right - left) / _SHADES
+    for k in range(_SHADES):
+        color = scale.color((left + (k + 0.5) * step) / 100)
+        axes.add_patch(Rectangle((left + k * step, 0), right - left - k * step, 1, facecolor=color, linewidth=0))
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.tick_params(length=2, color=FAINT)
+    if sgd is not None and left <= 100 * sgd <= right:
+        axes.plot([100 * sgd] * 2, [-0.15, 1.15], color=INK, linewidth=1.6, clip_on=False)
+        axes.text(100 * sgd, 1.35, "SGD", ha="center", va="bottom", fontsize=9)
+    return figure
 
 
 @dataclass(frozen=True)
@@ -176,32 +164,26 @@ class Line:
 
     method: str
     steps: Sequence[float]
-    mean: Sequence[float]
-    low: Sequence[float]
-    high: Sequence[float]
+    intervals: Sequence[Mapping[str, float]]
+    """`mean`, `low` and `high` at each step."""
 
 
-def curves(lines: Sequence[Line], is_log: bool) -> str:
+@as_svg
+def curves(lines: Sequence[Line], is_log: bool) -> Figure:
     """A line with its range for every method."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.1, 2.9), layout="constrained")
-        axes = figure.subplots()
-        for line in lines:
-            color, dashes, marker = key(line.method)
-            single = {"marker": marker, "markersize": 5} if len(line.steps) == 1 else {}
-            axes.plot(line.steps, line.mean, color=color, linestyle=dashes, **single)
-            axes.fill_between(line.steps, line.low, line.high, color=color, alpha=0.13, linewidth=0)
-        if is_log:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
-            axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_minor_formatter(NullFormatter())
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.set_xlabel("step")
-        return _drawn(figure)
+    figure = Figure(figsize=(4.1, 2.9), layout="constrained")
+    axes = figure.subplots()
+    for line in lines:
+        of = look(line.method)
+        single = {"marker": of.marker, "markersize": 5} if len(line.steps) == 1 else {}
+        band(axes, line.steps, line.intervals, of, **single)
+    if is_log:
+        logarithmic(axes.yaxis)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("step")
+    return figure
 
 
 @dataclass(frozen=True)
@@ -230,67 +212,35 @@ def front(offers: Sequence[Offer]) -> list[Offer]:
     return found
 
 
-def cost_figure(offers: Sequence[Offer], label: str) -> str:
+@as_svg
+def cost_figure(offers: Sequence[Offer], label: str) -> Figure:
     """Accuracy with its interval against the cost of a step; the front is the stepped line."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.0, 3.3), layout="constrained")
-        axes = figure.subplots()
-        best = front(offers)
-        rightmost = max(offer.cost for offer in offers)
-        corners = [(best[0].cost, best[0].mean)]
-        for offer in best[1:]:
-            corners += [(offer.cost, corners[-1][1]), (offer.cost, offer.mean)]
-        corners.append((1.06 * rightmost, best[-1].mean))
-        axes.plot(*zip(*corners), color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
-        for offer in offers:
-            color, _, marker = key(offer.method)
-            if math.isfinite(offer.low):
-                axes.plot([offer.cost] * 2, [offer.low, offer.high], color=color, linewidth=2, zorder=2)
-            face = color if offer in best else "#ffffff"
-            axes.plot(offer.cost, offer.mean, marker, color=color, markerfacecolor=face, markersize=8, zorder=3)
-        axes.margins(x=0.12, y=0.1)
-        axes.set_xlabel("cost of a step relative to SGD")
-        axes.set_ylabel(label)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.grid(color=FAINT, alpha=0.2, linewidth=0.6)
-        axes.set_axisbelow(True)
-        figure.draw_without_rendering()
-        (left, _), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-        spine = ((left, bottom), (left, top))
-        intervals = [((o.cost, o.low), (o.cost, o.high)) for o in offers if math.isfinite(o.low)]
-        _name(axes, [o for o in offers if o.method in _KEYS], [*intervals, *pairwise(corners), spine])
-        return _drawn(figure)
-
-
-def _name(axes: Any, offers: Sequence[Offer], lines: Sequence[tuple[tuple[float, float], tuple[float, float]]]) -> None:
-    """A name beside each marker: the first of a few places at which it meets no other name, marker or line."""
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return tuple(axes.transData.transform((x, y)) * 72 / axes.figure.dpi)  # in points
-
-    at = {o.method: place(o.cost, o.mean) for o in offers}
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in at.values()]
-    for a, b in lines:
-        (x0, y0), (x1, y1) = place(*a), place(*b)
-        taken.append((min(x0, x1) - 1, min(y0, y1) - 1, max(x0, x1) + 1, max(y0, y1) + 1))
+    figure = Figure(figsize=(5.0, 3.3), layout="constrained")
+    axes = figure.subplots()
+    best = front(offers)
+    rightmost = max(offer.cost for offer in offers)
+    corners = [(best[0].cost, best[0].mean)]
+    for offer in best[1:]:
+        corners += [(offer.cost, corners[-1][1]), (offer.cost, offer.mean)]
+    corners.append((1.06 * rightmost, best[-1].mean))
+    axes.plot(*zip(*corners), color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     for offer in offers:
-        width, height = 6.4 * len(offer.method) + 2, 11
-        places = [(dx, dy) for dy in (0, 10, -10, 19, -19, 28, -28) for dx in (8, -8 - width)]
-        x, y = at[offer.method]
-        boxes = [(x + dx, y + dy - 5, x + dx + width, y + dy - 5 + height) for dx, dy in places]
-        k = next((k for k, box in enumerate(boxes) if not any(_meet(box, other) for other in taken)), 0)
-        taken.append(boxes[k])
-        where = {"xytext": places[k], "textcoords": "offset points", "va": "center"}
-        axes.annotate(offer.method, (offer.cost, offer.mean), color=INK, fontsize=10, **where)
-
-
-def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _drawn(figure: Figure) -> str:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a glyph that matplotlib's font lacks is there in the page's
-        return svg(figure)
+        color, _, marker, _ = look(offer.method)
+        if math.isfinite(offer.low):
+            axes.plot([offer.cost] * 2, [offer.low, offer.high], color=color, linewidth=2, zorder=2)
+        face = color if offer in best else "#ffffff"
+        axes.plot(offer.cost, offer.mean, marker, color=color, markerfacecolor=face, markersize=8, zorder=3)
+    axes.margins(x=0.12, y=0.1)
+    axes.set_xlabel("cost of a step relative to SGD")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.grid(color=FAINT, alpha=0.2, linewidth=0.6)
+    axes.set_axisbelow(True)
+    settle(figure)
+    (left, _), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    intervals = [((o.cost, o.low), (o.cost, o.high)) for o in offers if math.isfinite(o.low)]
+    named = [(o.method, (o.cost, o.mean), INK) for o in offers if o.method in LOOKS]
+    write_names(axes, named, [*intervals, *pairwise(corners), ((left, bottom), (left, top))])
+    return figure

@@ -11,7 +11,7 @@ from typing import Any
 from gradreg.lab import stats
 from gradreg.lab.report.plots import Grid, Offer, front
 from gradreg.lab.report.studies import Point, Study, number, text
-from gradreg.lab.words import SYMBOLS, listed, plural, sentence
+from gradreg.lab.words import SYMBOLS, listed, percent, plural, points, sentence
 
 NOT_READ = "test rows not read"
 ONE_SEED = "one seed: undecided"
@@ -66,7 +66,7 @@ def headline(study: Study, rows: Sequence[Comparison]) -> str:
     if best.test is None:
         return f"{best.method} leads on validation rows; the test rows were not read"
     if "SGD" not in study.best:
-        return f"{best.method} reaches {percent(best.test)} on test rows; there is no SGD to compare with"
+        return f"{best.method} reaches {percent(best.test)}% on test rows; there is no SGD to compare with"
     if best.method == "SGD":
         others = "Nothing was compared with SGD" if len(study.methods) == 1 else "No method is ahead of SGD"
         return others if len(study.methods) == 1 else f"{others} on validation rows"
@@ -81,18 +81,18 @@ def findings(study: Study, rows: Sequence[Comparison]) -> list[str]:
     """What was compared, on what, and what came out."""
     best = study.winner
     row = next(r for r in rows if r.method == best.method)
-    points = len(study.points)
+    count = len(study.points)
     said = [
-        f"Compared on {task_words(study)}: {listed(study.methods)}, at {points} point{plural(points)} in "
+        f"Compared on {task_words(study)}: {listed(study.methods)}, at {count} point{plural(count)} in "
         f"{len(study.runs)} run{plural(len(study.runs))}."
     ]
     named = f"{best.method} ({settings(study, best)})" if settings(study, best) else best.method
     if best.validation:
-        said.append(f"Chosen on validation rows: {named}, with {percent(best.validation)} there.")
+        said.append(f"Chosen on validation rows: {named}, with {percent(best.validation)}% there.")
     if best.test:
-        said.append(f"Test accuracy of {best.method}: {percent(best.test)}, {seeds_of(best.test, best)}.")
+        said.append(f"Test accuracy of {best.method}: {percent(best.test)}%, {seeds_of(best.test, best)}.")
     if row.difference is not None:
-        said.append(f"Difference to {_sgd(study)}, seed by seed: {points_of(row.difference)} points: {row.verdict}.")
+        said.append(f"Difference to {_sgd(study)}, seed by seed: {points(row.difference)} points: {row.verdict}.")
     judged = [r for r in rows if r.method == "SGD" or (r.difference and r.verdict in _VERDICTS)]
     if len(judged) > 1 and judged[0].method == "SGD" and judged[0].point.test:
         said.append(sentence([_as_row(r) for r in judged]))
@@ -194,23 +194,6 @@ def settings(study: Study, point: Point) -> str:
 
 def words(name: str) -> str:
     return SYMBOLS.get(name, name.replace("_", " "))
-
-
-def percent(interval: stats.Interval | None) -> str:
-    """`77.6 ± 0.6%`; the mean alone where there is no interval."""
-    if interval is None:
-        return ""
-    margin = f" ± {100 * interval.half_width:.1f}" if math.isfinite(interval.low) else ""
-    return f"{100 * interval.mean:.1f}{margin}%"
-
-
-def points_of(interval: stats.Interval | None) -> str:
-    """`+4.6 (+3.7 to +5.6)`, in percentage points."""
-    if interval is None:
-        return ""
-    mean, low, high = (100 * value + 0.0 for value in (interval.mean, interval.low, interval.high))
-    ends = f" ({low:+.1f} to {high:+.1f})" if math.isfinite(low) else ""
-    return f"{mean:+.1f}{ends}".replace("-", "−")
 
 
 def seeds_of(interval: stats.Interval, point: Point) -> str:

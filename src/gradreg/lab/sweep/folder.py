@@ -23,7 +23,7 @@ from gradreg.lab.sweep.plan import SETTINGS, Row, Sweep, axes, from_plan
 from gradreg.lab.sweep.schedule import SweepSchedule
 from gradreg.lab.sweep.storage import Place, without_password
 from gradreg.lab.sweep.study import Study
-from gradreg.lab.tables import console, say, table_of
+from gradreg.lab.tables import Table, console, say
 from gradreg.lab.tasks import trained
 from gradreg.lab.train.processes import resolve
 from gradreg.lab.words import accuracy, difference, settings, verdict_words
@@ -176,17 +176,18 @@ def _costs(sweep: Sweep, best: Mapping[str, Row]) -> dict[str, float]:
 
 def print_table(results: Row, folder: Path) -> None:
     """The best point of each method, and where to read on."""
-    out = console()
-    chosen = table_of(None, ["method", "validation, %", "best settings"], words=["best settings"])
-    table = table_of(None, ["method", "test, %", "minus SGD, points", "difference", "cost"], words=["difference"])
+    out, chosen, tested = console(), [], []
     for method, point in results["best"].items():
-        tested = results["test"][method]
-        chosen.add_row(method, f"{100 * point['validation_accuracy']['mean']:.1f}", _settings(point))
-        table.add_row(
-            method, accuracy(tested), difference(tested), verdict_words(tested), f"{results['costs'][method]:.2f}×"
-        )
-    for part in (chosen, "", table, ""):
-        out.print(part)
+        row = results["test"][method]
+        chosen.append((method, f"{100 * point['validation_accuracy']['mean']:.1f}", _settings(point)))
+        cells = (accuracy(row), difference(row), verdict_words(row))
+        tested.append((method, *cells, f"{results['costs'][method]:.2f}×"))
+    for table in (
+        Table("", ("method", "validation, %", "best settings"), chosen),
+        Table("", ("method", "test, %", "minus SGD, points", "difference", "cost"), tested),
+    ):
+        table.print(out)
+        say(out, "")
     runs = (len(results["points"]) + len(results["best"])) * len(results["seeds"])
     say(
         out,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gradreg.lab import stats
+from gradreg.lab.tables import Table
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold here", "undecided"
 LEAST_SEEDS = 2
@@ -135,15 +136,6 @@ class Subclaim:
 
 
 @dataclass(frozen=True)
-class Table:
-    """More to see than the verdict, on the page: cells as they are shown."""
-
-    title: str
-    headings: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-
-
-@dataclass(frozen=True)
 class Measured:
     """What a claim's code found."""
 
@@ -151,6 +143,7 @@ class Measured:
     """For each sub-claim, by its key, a number for each seed. A sub-claim that is missing was not measured."""
     settings: dict[str, Any]
     tables: list[Table] = field(default_factory=list)
+    """More to see than the verdict, on the page."""
     data: Row = field(default_factory=dict)
     """What the figure is drawn from."""
 

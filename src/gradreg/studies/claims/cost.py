@@ -16,7 +16,8 @@ from gradreg.lab.cost import steps as costs
 from gradreg.lab.cost.measure import CASES as LARGER
 from gradreg.lab.cost.measure import COMPARED, PREDICTED_DB_OVER_F_GR, Case, mlp_case
 from gradreg.lab.progress import progress_bar
-from gradreg.studies.claims.claim import Above, Claim, Measured, Plan, Subclaim, Table
+from gradreg.lab.tables import Table
+from gradreg.studies.claims.claim import Above, Claim, Measured, Plan, Subclaim
 
 METHODS = ("SGD", "F-GR", "DB")
 CASES = {

@@ -15,8 +15,9 @@ from pathlib import Path
 from gradreg.lab import stats
 from gradreg.lab.data import Split
 from gradreg.lab.jobs import run_jobs
+from gradreg.lab.tables import Table
 from gradreg.lab.words import ranged
-from gradreg.studies.claims.claim import Above, AtMost, Claim, Measured, Plan, Row, Subclaim, Table
+from gradreg.studies.claims.claim import Above, AtMost, Claim, Measured, Plan, Row, Subclaim
 from gradreg.studies.implicit_bias.flooding import MODES, Mode, Start, identity, start_of, train
 
 BOUND = 1e-11  # the weights' own rounding is 7e-13 of a step of η²

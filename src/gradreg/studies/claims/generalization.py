@@ -20,7 +20,9 @@ from gradreg.lab.folder import append_line
 from gradreg.lab.player import run_all
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.runs import Job, Result, record
-from gradreg.studies.claims.claim import Above, Claim, Measured, Plan, Subclaim, Table
+from gradreg.lab.tables import Table
+from gradreg.lab.words import plus_minus
+from gradreg.studies.claims.claim import Above, Claim, Measured, Plan, Subclaim
 from gradreg.studies.claims.figures import epsilon_figure
 from gradreg.studies.demo.tasks import TASKS
 from gradreg.studies.demo.tune import FIRST_SEED, SHIPPED
@@ -174,13 +176,12 @@ HEADINGS = ("method", "γ", "ε", "learning rate, weight decay", "test accuracy,
 
 
 def _cells(name: str, config: RunConfig, scores: Scores) -> tuple[str, ...]:
-    percent = scores.percent
     return (
         name if name not in METHODS else f"{name}, tuned",
         f"{config.gamma:g}",
         "" if config.epsilon is None else f"{config.epsilon:g}",
         f"{config.learning_rate:g}, {config.weight_decay:g}",
-        f"{percent.mean:.1f} ± {percent.half_width:.1f}",
+        plus_minus(scores.percent),
         f"{scores.diverged} of {len(scores.accuracies)}",
     )
 

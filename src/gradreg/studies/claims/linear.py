@@ -14,7 +14,8 @@ from pathlib import Path
 
 from gradreg.lab import stats
 from gradreg.lab.jobs import run_jobs
-from gradreg.studies.claims.claim import Above, Claim, Measured, Plan, Row, Subclaim, Table
+from gradreg.lab.tables import Table
+from gradreg.studies.claims.claim import Above, Claim, Measured, Plan, Row, Subclaim
 from gradreg.studies.implicit_bias.dln import SETTINGS, Setting, sweep
 from gradreg.studies.implicit_bias.points import EXACT, LARGE, PLAIN, POINTS, Point
 

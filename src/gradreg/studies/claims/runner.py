@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from gradreg.lab.about import provenance
-from gradreg.lab.folder import append_line, write_json, write_text
+from gradreg.lab.folder import append_line, write_json
+from gradreg.lab.page import publish, tell
+from gradreg.lab.words import BRACKETS, ranged
 from gradreg.studies.claims import CLAIMS
 from gradreg.studies.claims.claim import UNDECIDED, Above, Claim, Found, Measured, Plan, Row, Subclaim, holm
-from gradreg.studies.claims.page import figures_of, markdown, print_table
+from gradreg.studies.claims.page import page, told
 
 DEFAULT_SEEDS, QUICK_SEEDS = 10, 4
 PAGE = "claims.md"
 
 
-def run_claims(plan: Plan, folder: Path, page: Path | None = None) -> Row:
+def run_claims(plan: Plan, folder: Path, write: Path | None = None) -> Row:
     """Measure, write the folder and the page, print the table; return what results.json holds."""
     started = time.perf_counter()
     about = {
@@ -37,20 +39,9 @@ def run_claims(plan: Plan, folder: Path, page: Path | None = None) -> Row:
         append_line(folder / "claims.jsonl", claims[-1])
     results = {**about, "seconds": round(time.perf_counter() - started, 1), "claims": claims, **together(claims)}
     write_json(folder / "results.json", results)
-    write_page(results, folder / PAGE)
-    if page is not None:
-        write_page(results, page)
-    print_table(results, folder)
+    publish(page(results), folder, folder / PAGE, *([write] if write else []))
+    tell(told(results), results, folder)
     return results
-
-
-def write_page(results: Row, page: Path) -> None:
-    """The page, and its figures beside it in figures/."""
-    figures = figures_of(results)
-    (page.parent / "figures").mkdir(parents=True, exist_ok=True)
-    for name, svg in figures.items():
-        write_text(page.parent / "figures" / f"{page.stem}-{name}.svg", svg)
-    write_text(page, markdown(results, {name: f"figures/{page.stem}-{name}.svg" for name in figures}))
 
 
 def judged(claim: Claim, measured: Measured) -> Row:
@@ -86,11 +77,8 @@ def shown(sub: Subclaim, found: Found) -> str:
     """`+2.41 [+1.80, +3.02]`; of an identity `1.9e-13`."""
     if not isinstance(sub.rule, Above):
         return f"{found.number:.1e}".replace("-", "−") if found.number else "0"
-    if found.low is None:
-        return "–"
-    sign = "" if sub.rule.reference else "+"
-    number, low, high = (f"{value:{sign}.{sub.digits}f}" for value in (found.number, found.low, found.high))
-    return f"{number} [{low}, {high}]".replace("-", "−")
+    interval = None if found.low is None else {"mean": found.number, "low": found.low, "high": found.high}
+    return ranged(interval, sub.digits, "" if sub.rule.reference else "+", BRACKETS)
 
 
 def together(claims: Sequence[Row]) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from gradreg import GradientRegularizer
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import load
 from gradreg.lab.models import build
-from gradreg.studies.claims.claim import AtMost, Claim, Measured, Plan, Subclaim, Table
+from gradreg.lab.tables import Table
+from gradreg.studies.claims.claim import AtMost, Claim, Measured, Plan, Subclaim
 
 RHO, RATE, NUM_STEPS = 0.1, 0.1, 20
 BOUND = 1e-12

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from gradreg.lab.commands.options import LAST_SEED, Out, Workers, Write, app, switch, whole
 from gradreg.lab.folder import BadInput, new_folder
-from gradreg.lab.written_page import check_page
+from gradreg.studies.commands.seeds import consecutive
 
 
 @app.command
@@ -28,22 +28,18 @@ def claims(
     """Measure each claim of the paper, and say whether it holds here.
 
     (a) cost, (b) generalization, (c) implicit bias in a diagonal linear network, (d) SAM, (e) flooding. Prints one
-    table, and writes a folder: results.json, claims.md and its figures. Under 25 minutes on two cores.
+    table, and writes a folder: results.json, report.html, claims.md and its figures. Under 25 minutes on two cores.
     """
     from gradreg.lab.player import default_workers
     from gradreg.studies.claims.claim import Plan
     from gradreg.studies.claims.runner import DEFAULT_SEEDS, QUICK_SEEDS, run_claims
 
     letters = _letters(only)
-    count = seeds or (QUICK_SEEDS if quick else DEFAULT_SEEDS)
-    if seed + count - 1 > LAST_SEED:
-        raise BadInput(
-            f"--seed must be a whole number from 0 to {LAST_SEED - count + 1} with {count} seeds, got '{seed}'."
-        )
+    chosen = consecutive(seed, seeds or (QUICK_SEEDS if quick else DEFAULT_SEEDS))
     if write is not None:
-        from gradreg.studies.claims.page import MARK
+        from gradreg.lab.page import check_page
 
-        check_page(write, MARK, "gradreg claims")
+        check_page(write, "gradreg claims")
     import torch
 
     from gradreg.lab.cost.steps import keep_heap
@@ -52,7 +48,7 @@ def claims(
     if "a" in letters:
         keep_heap()
     folder = new_folder(out, "claims")
-    plan = Plan(letters, tuple(range(seed, seed + count)), quick, workers or default_workers())
+    plan = Plan(letters, chosen, quick, workers or default_workers())
     try:
         run_claims(plan, folder, write)
     except KeyboardInterrupt:

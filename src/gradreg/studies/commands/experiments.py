@@ -15,7 +15,8 @@ from gradreg.lab.commands.options import (
     switch,
     whole,
 )
-from gradreg.lab.folder import BadInput, new_folder, write_json
+from gradreg.lab.folder import new_folder, write_json
+from gradreg.studies.commands.seeds import consecutive
 
 
 @app.command
@@ -38,13 +39,10 @@ def demo(
     from gradreg.studies.demo.run import DEFAULT_SEEDS, QUICK_SEEDS, QUICK_TASKS, Plan, run_demo
     from gradreg.studies.demo.tasks import TASKS
 
-    count = seeds or (QUICK_SEEDS if quick else DEFAULT_SEEDS)
-    if seed + count - 1 > LAST_SEED:
-        highest = LAST_SEED - count + 1
-        raise BadInput(f"--seed must be a whole number from 0 to {highest} with {count} seeds, got '{seed}'.")
+    chosen = consecutive(seed, seeds or (QUICK_SEEDS if quick else DEFAULT_SEEDS))
     plan = Plan(
         tasks=tuple(TASKS[name] for name in QUICK_TASKS) if quick else tuple(TASKS.values()),
-        seeds=tuple(range(seed, seed + count)),
+        seeds=chosen,
         is_quick=quick,
     )
     torch.set_num_threads(1)
@@ -105,18 +103,18 @@ def dln(
     """Solve the implicit bias in a diagonal linear network: where a finite ascent step helps, and where it hurts.
 
     Prints tables with intervals and verdicts, among them how well integration and theory agree, and writes a folder:
-    results.json and three figures. Under 2 minutes on two cores.
+    report.html, results.json and three figures. Under 2 minutes on two cores.
     """
     import torch
 
     from gradreg.lab.player import default_workers
     from gradreg.studies.implicit_bias.dln import DEFAULT_SEEDS, QUICK_SEEDS, Plan, run_dln
 
-    count = seeds or (QUICK_SEEDS if quick else DEFAULT_SEEDS)
+    chosen = consecutive(seed, seeds or (QUICK_SEEDS if quick else DEFAULT_SEEDS))
     torch.set_num_threads(1)
     folder = new_folder(out, "dln")
     with nothing_in(folder):
-        run_dln(Plan(tuple(range(seed, seed + count)), quick, workers or default_workers()), folder)
+        run_dln(Plan(chosen, quick, workers or default_workers()), folder)
 
 
 @app.command
@@ -130,16 +128,16 @@ def flooding(
 ) -> None:
     """Check that flooding performs gradient regularization, and count how much of it in real runs.
 
-    Prints the identity to rounding, tables with intervals, and writes a folder: results.json and a figure. Under 2
-    minutes on two cores.
+    Prints the identity to rounding, tables with intervals, and writes a folder: report.html, results.json and a figure.
+    Under 2 minutes on two cores.
     """
     import torch
 
     from gradreg.lab.player import default_workers
     from gradreg.studies.implicit_bias.flooding import DEFAULT_SEEDS, QUICK_SEEDS, Plan, run_flooding
 
-    count = seeds or (QUICK_SEEDS if quick else DEFAULT_SEEDS)
+    chosen = consecutive(seed, seeds or (QUICK_SEEDS if quick else DEFAULT_SEEDS))
     torch.set_num_threads(1)
     folder = new_folder(out, "flooding")
     with nothing_in(folder):
-        run_flooding(Plan(tuple(range(seed, seed + count)), quick, workers or default_workers()), folder)
+        run_flooding(Plan(chosen, quick, workers or default_workers()), folder)

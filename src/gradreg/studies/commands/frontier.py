@@ -7,7 +7,7 @@ from typing import Annotated
 
 from gradreg.lab.commands.options import LAST_SEED, Out, Workers, Write, app, interrupted_in, switch, whole
 from gradreg.lab.folder import BadInput, new_folder, write_json
-from gradreg.lab.written_page import check_page
+from gradreg.studies.commands.seeds import consecutive
 
 
 @app.command
@@ -27,7 +27,8 @@ def frontier(
     """Measure what each cheaper mode keeps of the benefit of F-GR, and what it costs.
 
     Retention with intervals on four tasks, times of a step in paired rounds, and each penalty beside the exact one.
-    Prints tables, and writes a folder: results.json, frontier.md and its figures. Under 30 minutes on two cores; the
+    Prints tables, and writes a folder: results.json, report.html,
+    frontier.md and its figures. Under 30 minutes on two cores; the
     hyper-parameters come from `gradreg frontier --tune`, which takes longer.
     """
     from gradreg.lab.player import default_workers
@@ -40,19 +41,16 @@ def frontier(
         return
     if replace:
         raise BadInput("--replace must be left out without --tune: only a tuning has a choice to put there.")
-    from gradreg.studies.frontier.page import MARK
+    from gradreg.lab.page import check_page
     from gradreg.studies.frontier.run import DEFAULT_SEEDS, QUICK_SEEDS, Plan, prepare, run_frontier
 
-    count = seeds or (QUICK_SEEDS if quick else DEFAULT_SEEDS)
-    if seed + count - 1 > LAST_SEED:
-        highest = LAST_SEED - count + 1
-        raise BadInput(f"--seed must be a whole number from 0 to {highest} with {count} seeds, got '{seed}'.")
+    chosen = consecutive(seed, seeds or (QUICK_SEEDS if quick else DEFAULT_SEEDS))
     if write is not None:
-        check_page(write, MARK, "gradreg frontier")
+        check_page(write, "gradreg frontier")
     prepare()
     folder = new_folder(out, "frontier")
     with interrupted_in(folder / "runs.jsonl"):
-        run_frontier(Plan(tuple(range(seed, seed + count)), quick, workers or default_workers()), folder, write)
+        run_frontier(Plan(chosen, quick, workers or default_workers()), folder, write)
 
 
 def _tune(seed: int, out: Path | None, workers: int, replaces: bool) -> None:

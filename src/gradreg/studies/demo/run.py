@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from gradreg.lab import stats
+from gradreg.lab.about import provenance
 from gradreg.lab.config import RunConfig, configure
 from gradreg.lab.cost.steps import step_costs
-from gradreg.lab.folder import append_line, write_json, write_text
+from gradreg.lab.folder import append_line, write_json
 from gradreg.lab.methods import METHODS
+from gradreg.lab.page import publish, tell
 from gradreg.lab.player import run_all
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.runs import Job, record
 from gradreg.lab.words import sentence
+from gradreg.studies.demo.report import page, told
 from gradreg.studies.demo.tasks import TASKS
-from gradreg.studies.demo.tune import GRIDS, SHIPPED, versions
+from gradreg.studies.demo.tune import GRIDS, SHIPPED
 
 DEFAULT_SEEDS = 6
 QUICK_SEEDS = 3
@@ -49,12 +52,10 @@ def run_demo(plan: Plan, folder: Path, workers: int) -> Row:
     chosen = {task.task: tuned["tasks"][task.task] for task in plan.tasks}
     about = {
         "name": folder.name,
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": _command(plan),
+        **provenance(_command(plan), workers),
         "is_quick": plan.is_quick,
         "seeds": list(plan.seeds),
         "workers": workers,
-        "versions": versions(),
         "tuned": {key: value for key, value in tuned.items() if key != "tasks"},
         "hyper_parameters": chosen,
     }
@@ -84,19 +85,9 @@ def run_demo(plan: Plan, folder: Path, workers: int) -> Row:
         "runs": runs,
     }
     write_json(folder / "results.json", results)
-    _show(results, folder)
+    publish(page(results), folder)
+    tell(told(results), results, folder)
     return results
-
-
-def _show(results: Row, folder: Path) -> None:
-    from gradreg.studies.demo.figures import accuracy_figure, gradient_norm_figure
-    from gradreg.studies.demo.report import page, print_table
-
-    figures = {"accuracy": accuracy_figure(results), "gradient_norm": gradient_norm_figure(results)}
-    for name, figure in figures.items():
-        write_text(folder / f"{name}.svg", figure)
-    write_text(folder / "report.html", page(results, figures))
-    print_table(results, folder)
 
 
 def _command(plan: Plan) -> str:

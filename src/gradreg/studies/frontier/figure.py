@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise, product
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Bbox
 
-from gradreg.lab.figures import FAINT, INK, PRINTED, svg
+from gradreg.lab.figures import FAINT, INK, LINE_HEIGHT, LOOKS, Look, as_svg, interval, legend, panels, rows_of
+from gradreg.lab.labels import settle, write_names
 from gradreg.lab.stats import Interval
 
-_OURS, _OPPONENTS, _REFERENCES = ("#0072b2", "o"), ("#d55e00", "D"), (INK, "s")
+_OURS, _OPPONENTS = Look(LOOKS["F-GR"].color, marker="o"), Look(LOOKS["SAM"].color, marker="D")
+_REFERENCES = Look(INK, marker="s")
 _WIDTH = 7.6  # inches; at 700 pixels a letter of 9 points is 11 pixels high
 _LOWEST = -1.0  # of the axis of retention: what is lower is drawn at its edge
-_LINE_HEIGHT = 0.27
 _ROOT = 0.05
 """Cost is drawn as its root, with this much below the lowest, so that noise at 1 is not stretched without bound."""
 _TICKS = (1, 1.05, 1.1, 1.2, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 10)
-_REACH = (9, 16, 26, 38, 52, 68)
-"""Distances between a point and its name that are tried, in pixels of a figure of 100 dpi."""
 
 
 @dataclass(frozen=True)
@@ -87,66 +81,49 @@ def worst(panels: Sequence[Panel]) -> list[tuple[str, Point]]:
     return sorted(found, key=lambda pair: -pair[1].retention.mean)
 
 
-def pareto_figure(panels: Sequence[Panel]) -> str:
+@as_svg
+def pareto_figure(tasks: Sequence[Panel]) -> Figure:
     """Retention over cost, a panel for each task, with the front: the most that can be kept at that cost or less."""
-    with matplotlib.rc_context(PRINTED):
-        figure = Figure(figsize=(_WIDTH, 3.7 * len(panels) + 0.6), layout="constrained")
-        every = [axes for (axes,) in figure.subplots(len(panels), 1, squeeze=False)]
-        costs = [1.0, *(p.full_cost for p in panels), *(point.cost for p in panels for point in p.points)]
-        for axes, panel in zip(every, panels):
-            low, high = _limits([point.retention for point in panel.points])
-            axes.set_ylim(low, high)
-            _scale_costs(axes, min(costs), max(costs))
-            _draw(axes, panel)
-            axes.set_title(panel.task)
-            axes.set_ylabel("share of the gain that is kept")
-        every[-1].set_xlabel("time of a run, over plain SGD's (stretched near 1)")
-        figure.legend(handles=[*_legend(), _front_line()], loc="outside upper center", ncols=4)
-        FigureCanvasAgg(figure).draw()  # the layout is known only now
-        for axes, panel in zip(every, panels):
-            _write_names(axes, panel)
-        figure.set_layout_engine("none")
-        return svg(figure)
+    figure, every = panels([panel.task for panel in tasks], _WIDTH, 3.7, columns=1)
+    costs = [1.0, *(p.full_cost for p in tasks), *(point.cost for p in tasks for point in p.points)]
+    for axes, panel in zip(every, tasks):
+        axes.set_ylim(*_limits([point.retention for point in panel.points]))
+        _scale_costs(axes, min(costs), max(costs))
+        _draw(axes, panel)
+        axes.set_ylabel("share of the gain that is kept")
+    every[-1].set_xlabel("time of a run, over plain SGD's (stretched near 1)")
+    front_line = _REFERENCES.handle("Pareto front (filled)", linewidth=1.1, alpha=0.55)
+    legend(figure, [*_legend(), _REFERENCES.mark("plain, and the full method", linestyle=""), front_line])
+    settle(figure)
+    for axes, panel in zip(every, tasks):
+        _write_names(axes, panel)
+    return figure
 
 
-def worst_figure(panels: Sequence[Panel]) -> str:
+@as_svg
+def worst_figure(tasks: Sequence[Panel]) -> Figure:
     """Each mode on its worst task, the most trustworthy on top; its other tasks as faint dots."""
-    rows = worst(panels)
-    with matplotlib.rc_context(PRINTED):
-        figure = Figure(figsize=(_WIDTH, _LINE_HEIGHT * max(len(rows), 3) + 1.2), layout="constrained")
-        axes = figure.subplots()
-        low, high = _limits([point.retention for panel in panels for point in panel.points])
-        axes.set_xlim(low, high)
-        for value in (0, 1):
-            axes.axvline(value, color=FAINT, linewidth=0.9, linestyle="--", zorder=0)
-        for k, (task, point) in enumerate(rows):
-            others = [p.retention.mean for panel in panels for p in panel.points if p.mode == point.mode]
-            axes.plot(others, [k] * len(others), "|", color=FAINT, markersize=9)
-            color, _ = _look(point)
-            ends = [_within(end, low, high) for end in (point.retention.low, point.retention.high)]
-            axes.plot(ends, [k, k], color=color, linewidth=2, solid_capstyle="butt")
-            _mark(axes, _within(point.retention.mean, low, high), k, point, is_filled=True)
-            axes.text(
-                1.01, k, f"{task}, {point.cost:.2f}×", transform=axes.get_yaxis_transform(), va="center", size=8.5
-            )
-        axes.set_yticks(range(len(rows)), [p.mode + _beyond(p.retention.mean, low, high) for _, p in rows])
-        axes.set_ylim(max(len(rows), 3) - 0.4, -0.6)
-        axes.tick_params(axis="y", length=0)
-        axes.set_xlabel(
-            "share of the gain that is kept on the worst task, which is named with its cost (0 plain, 1 full)"
-        )
-        handles = [*_legend()[:2], Line2D([], [], color=FAINT, marker="|", linestyle="", label="the other tasks")]
-        figure.legend(handles=handles, loc="outside upper center", ncols=3)
-        return svg(figure)
+    rows = worst(tasks)
+    figure, (axes,) = panels([""], _WIDTH, LINE_HEIGHT * max(len(rows), 3) + 0.7)
+    low, high = _limits([point.retention for panel in tasks for point in panel.points])
+    axes.set_xlim(low, high)
+    for value in (0, 1):
+        axes.axvline(value, color=FAINT, linewidth=0.9, linestyle="--", zorder=0)
+    rows_of(axes, [p.mode + _beyond(p.retention.mean, low, high) for _, p in rows])
+    for k, (task, point) in enumerate(rows):
+        others = [p.retention.mean for panel in tasks for p in panel.points if p.mode == point.mode]
+        axes.plot(others, [k] * len(others), "|", color=FAINT, markersize=9)
+        kept = point.retention
+        interval(axes, k, {key: _within(value, low, high) for key, value in asdict(kept).items()}, _look(point))
+        where = {"transform": axes.get_yaxis_transform(), "va": "center", "size": 8.5}
+        axes.text(1.01, k, f"{task}, {point.cost:.2f}×", **where)
+    axes.set_xlabel("share of the gain that is kept on the worst task, which is named with its cost (0 plain, 1 full)")
+    legend(figure, [*_legend(), Look(FAINT, marker="|").mark("the other tasks", linestyle="")])
+    return figure
 
 
-def _look(point: Point) -> tuple[str, str]:
+def _look(point: Point) -> Look:
     return _OPPONENTS if point.is_opponent else _OURS
-
-
-def _mark(axes: Any, x: float, y: float, point: Point, is_filled: bool) -> None:
-    color, marker = _look(point)
-    axes.plot(x, y, marker, color=color, markerfacecolor=color if is_filled else "white", markersize=6.5, zorder=3)
 
 
 def _within(value: float, low: float, high: float) -> float:
@@ -195,76 +172,37 @@ def _draw(axes: Any, panel: Panel) -> None:
         [*(cost for cost, _ in best), axes.get_xlim()[1]],
         [*(kept for _, kept in best), best[-1][1]],
         where="post",
-        color=_REFERENCES[0],
+        color=INK,
         linewidth=1.1,
         alpha=0.55,
         zorder=1,
     )
     for cost, kept in ((1.0, 0.0), (panel.full_cost, 1.0)):
-        axes.plot(cost, kept, _REFERENCES[1], color=_REFERENCES[0], markersize=6.5, zorder=3)
+        axes.plot(cost, kept, _REFERENCES.marker, color=INK, markersize=6.5, zorder=3)
     for point in panel.points:
         kept = point.retention
         ends = [_within(end, low, high) for end in (kept.low, kept.high)]
-        axes.vlines(point.cost, *ends, color=_look(point)[0], linewidth=1.3, alpha=0.45, zorder=2)
-        _mark(axes, point.cost, _within(kept.mean, low, high), point, (point.cost, kept.mean) in best)
+        look = _look(point)._replace(is_hollow=(point.cost, kept.mean) not in best)
+        axes.vlines(point.cost, *ends, color=look.color, linewidth=1.3, alpha=0.45, zorder=2)
+        mark = {"color": look.color, "markerfacecolor": look.face, "markersize": 6.5, "zorder": 3}
+        axes.plot(point.cost, _within(kept.mean, low, high), look.marker, **mark)
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
 
 
 def _write_names(axes: Any, panel: Panel) -> None:
-    """Each name at the first place around its point that covers least; a line leads to it where it is not beside it."""
     low, high = axes.get_ylim()
-    inside = axes.get_window_extent()
-    named = [("plain", 1.0, 0.0, INK), (panel.full_name, panel.full_cost, 1.0, INK)]
+    named = [("plain", (1.0, 0.0), INK), (panel.full_name, (panel.full_cost, 1.0), INK)]
+    lines = []
     for p in panel.points:
-        kept = p.retention.mean
-        named.append((p.mode + _beyond(kept, low, high), p.cost, _within(kept, low, high), _look(p)[0]))
-    spots = [axes.transData.transform((x, y)) for _, x, y, _ in named]
-    taken = [(Bbox.from_bounds(x - 7, y - 7, 14, 14), 1.0) for x, y in spots]
-    for p in panel.points:
-        ends = [(p.cost, _within(end, low, high)) for end in (p.retention.low, p.retention.high)]
-        taken.append((Bbox(axes.transData.transform(ends)).padded(1), 0.5))
-    best = [axes.transData.transform(pair) for pair in front(panel)]
-    for here, there in pairwise([*best, (inside.x1, best[-1][1])]):
-        taken.append((Bbox([here, (there[0], here[1])]).padded(1), 0.5))
-    for (name, *_, color), (x, y) in sorted(zip(named, spots), key=lambda pair: -pair[1][1]):
-        text = axes.text(0, 0, name, size=9, color=color, ha="left", va="center", transform=None, zorder=4)
-        extent = text.get_window_extent()
-        width, height = extent.width, 0.8 * extent.height
-        places = []
-        for reach, angle in product(_REACH, range(0, 360, 30)):
-            toward = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-            left = x + reach * toward[0] + (toward[0] - 1) / 2 * width
-            middle = y + reach * toward[1] + toward[1] * height / 2
-            places.append((left, middle, reach, Bbox.from_bounds(left - 1, middle - height / 2, width + 2, height)))
-        left, middle, reach, box = min(
-            places,
-            key=lambda p: (
-                1e3 * _misfit(p[3], inside) + sum(weight * _overlap(p[3], b) for b, weight in taken) + p[2] / 4
-            ),
-        )
-        text.set_transform(axes.transData)
-        text.set_position(axes.transData.inverted().transform((left, middle)))
-        if reach > _REACH[0]:
-            end = (_within(x, left, left + width), _within(y, box.y0, box.y1))
-            line = axes.transData.inverted().transform([(x, y), end])
-            axes.plot(*line.T, color=color, linewidth=0.6, alpha=0.7, zorder=2)
-        taken.append((box, 2.0))
+        kept = p.retention
+        name = p.mode + _beyond(kept.mean, low, high)
+        named.append((name, (p.cost, _within(kept.mean, low, high)), _look(p).color))
+        lines.append(((p.cost, _within(kept.low, low, high)), (p.cost, _within(kept.high, low, high))))
+    best = front(panel)
+    for here, there in pairwise([*best, (axes.get_xlim()[1], best[-1][1])]):
+        lines.append((here, (there[0], here[1])))
+    write_names(axes, named, lines)
 
 
-def _overlap(one: Bbox, other: Bbox) -> float:
-    shared = Bbox.intersection(one, other)
-    return shared.width * shared.height if shared is not None else 0.0
-
-
-def _misfit(box: Bbox, inside: Bbox) -> float:
-    """How far a box sticks out."""
-    return max(0, inside.x0 - box.x0, box.x1 - inside.x1) + max(0, inside.y0 - box.y0, box.y1 - inside.y1)
-
-
-def _legend() -> list[Line2D]:
-    looks = [(*_OURS, "modes of gradreg"), (*_OPPONENTS, "opponents"), (*_REFERENCES, "plain, and the full method")]
-    return [Line2D([], [], color=color, marker=marker, linestyle="", label=label) for color, marker, label in looks]
-
-
-def _front_line() -> Line2D:
-    return Line2D([], [], color=INK, linewidth=1.1, alpha=0.55, label="Pareto front (filled)")
+def _legend() -> list[Any]:
+    return [_OURS.mark("modes of gradreg", linestyle=""), _OPPONENTS.mark("opponents", linestyle="")]

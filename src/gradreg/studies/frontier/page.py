@@ -1,81 +1,66 @@
-"""What the study looks like to a reader: tables on the terminal, and a page in Markdown. Functions of results.json."""
+"""What the study looks like to a reader: tables on the terminal, and a page. Functions of results.json."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from textwrap import wrap
+from dataclasses import replace
 from typing import Any
 
+from gradreg.lab.page import Block, Code, Figure, Heading, Items, Page, made
 from gradreg.lab.stats import BETTER
-from gradreg.lab.tables import console, escaped, markdown_table, say, table_of
+from gradreg.lab.tables import Table
+from gradreg.lab.words import BRACKETS, plus_minus, ranged, settings
 from gradreg.studies.frontier.figure import pareto_figure, worst_figure
 from gradreg.studies.frontier.modes import FULL, PLAIN
 from gradreg.studies.frontier.summary import panels, price, worst
 from gradreg.studies.frontier.tune import CANDIDATES, CANDIDATES_OF_FULL, FINAL_SEEDS, FINALISTS, SEEDS
 
 Row = Mapping[str, Any]
-MARK = "<!-- Made by `gradreg frontier`: edit the command, not this page. -->"
 
 
-def figures_of(results: Row) -> dict[str, str]:
-    """The SVG of every figure, by name."""
-    drawn = panels(results["tasks"])
-    return {"pareto": pareto_figure(drawn), "worst": worst_figure(drawn)} if drawn else {}
-
-
-# What is said.
-
-
-def overview(results: Row) -> tuple[list[str], list[list[str]]]:
-    """Headings, and each mode with its price and what it retains on each task; the best on its worst task first."""
+def overview(results: Row) -> Table:
+    """Each mode with its price and what it retains on each task; the best on its worst task first."""
     tasks = results["tasks"]
-    headings = ["mode", "cost", *(task["name"] for task in tasks)]
     by_mode = {row["name"]: [] for row in tasks[0]["modes"]}
     for task in tasks:
         for row in task["modes"]:
             by_mode[row["name"]].append(row)
     least = {name: worst(tasks, name) for name in by_mode}
     order = sorted(by_mode, key=lambda name: -(least[name] or {"mean": -9})["mean"])
-    rows = []
-    for name in order:
-        if name in (PLAIN.name, FULL.name):
-            continue
-        cells = [_retention(row["retention"]) for row in by_mode[name]]
+    full = [f"1 ({plus_minus(row['difference'], 1, '+')}\npoints)" for row in by_mode[FULL.name]]
+    rows = [[FULL.name, f"{price(by_mode[FULL.name][0]):.2f}", *full]]
+    for name in [name for name in order if name not in (PLAIN.name, FULL.name)]:
         mark = " ◇" if by_mode[name][0]["is_opponent"] else ""
-        rows.append([f"{name}{mark}", _price(by_mode[name][-1]), *cells])
-    full = by_mode[FULL.name]
-    rows.insert(0, [FULL.name, _price(full[0]), *(f"1 ({_signed(row['difference'])} points)" for row in full)])
-    return headings, rows
+        kept = [_retention(row) for row in by_mode[name]]
+        rows.append([f"{name}{mark}", f"{price(by_mode[name][-1]):.2f}", *kept])
+    return Table("Share of the gain that is kept", ["mode", "cost, × plain", *(task["name"] for task in tasks)], rows)
 
 
-def detail(task: Row) -> tuple[list[str], list[list[str]]]:
+def detail(task: Row) -> Table:
     """One task: accuracy, difference to plain, costs, where it ends, and what was chosen."""
-    headings = [
-        *("mode", "accuracy, %", "over plain", "retention"),
-        *("cost", "in a stack", "engine", "‖∇L‖", "tr H", "lr, wd, settings"),
-    ]
+    headings = ["mode", "accuracy, %", "over plain", "retention", *COSTS, "‖∇L‖", "tr H", "settings"]
     rows = []
     for row in task["modes"]:
-        settings = ", ".join(f"{_SYMBOLS.get(key, key)} {value:g}" for key, value in row["settings"].items())
-        difference = row.get("difference")
+        chosen = f"lr {row['learning_rate']:g}, wd {row['weight_decay']:g}"
         rows.append(
             [
                 row["name"],
-                _plus_minus(row["accuracy"], 1) + (f" ({row['diverged']} diverged)" if row["diverged"] else ""),
-                "" if difference is None else _signed(difference),
-                _retention(row["retention"]),
-                *(_cost(row, what) for what in ("larger", "batched", "engine")),
-                _number(row["grad_norm"]),
-                _number(row["hessian_trace"]),
-                f"{row['learning_rate']:g}, {row['weight_decay']:g}{'; ' if settings else ''}{settings}",
+                plus_minus(row["accuracy"]) + (f"\n{row['diverged']} diverged" if row["diverged"] else ""),
+                plus_minus(row["difference"], 1, "+") if "difference" in row else "",
+                _retention(row),
+                *(f"{row['cost'][what]['median']:.2f}" if what in row["cost"] else "" for what in COSTS.values()),
+                *("–" if row[end] is None else f"{row[end]:.3g}" for end in ("grad_norm", "hessian_trace")),
+                "; ".join([chosen, *([settings(row)] if row["settings"] else [])]),
             ]
         )
-    return headings, rows
+    return Table(f"{task['name']}: {task['about']}", headings, rows)
 
 
-_SYMBOLS = {"gamma": "γ", "epsilon": "ε", "rho": "ρ", "lookahead": "ρ", "average": "last"}
+COSTS = {"cost": "larger", "in a stack": "batched", "engine": "engine"}
+
+
+def _retention(row: Row) -> str:
+    return ranged(row["retention"], 2, "", BRACKETS)
 
 
 def sentences(results: Row) -> list[str]:
@@ -84,7 +69,8 @@ def sentences(results: Row) -> list[str]:
     for task in results["tasks"]:
         is_judged = task["verdict"] == BETTER
         word = "beyond noise" if is_judged else "**not beyond noise**: it shows nothing to retain, and is not judged"
-        lines.append(f"{task['name']} ({task['about']}): full − plain {_signed(task['gain'])} points, {word}.")
+        gain = plus_minus(task["gain"], 1, "+")
+        lines.append(f"{task['name']} ({task['about']}): full − plain {gain} points, {word}.")
     for goal in results["goals"]:
         names = ", ".join(goal["reached"]) or "none"
         nearly = f" In the mean only: {', '.join(goal['nearly'])}." if goal["nearly"] else ""
@@ -95,9 +81,9 @@ def sentences(results: Row) -> list[str]:
 def notes(results: Row) -> list[str]:
     """How to read the numbers."""
     seeds = results["seeds"]
-    quick = ["Quick: two of the tasks and few seeds; run `gradreg frontier` for all."] if results["is_quick"] else []
+    quick = ["Quick: two of the tasks and few seeds; run `gradreg frontier` for all."]
     return [
-        *quick,
+        *quick * results["is_quick"],
         f"Retention: (mode − plain) / (full − plain) of test accuracy over {len(seeds)} paired seeds, {seeds[0]} to "
         f"{seeds[-1]}, with its 95 % interval by bootstrap over seeds. full: F-GR in every step.",
         "cost: time of a run over that of plain training, measured in the real engine on a small vision transformer, "
@@ -113,151 +99,89 @@ def notes(results: Row) -> list[str]:
     ]
 
 
-# On the terminal.
-
-
-def print_tables(results: Row, folder: Path) -> None:
-    """The overview, a table for each task, and what they say."""
-    out = console()
-    headings, rows = overview(results)
-    _print(out, "Share of the gain that is kept", headings, rows)
-    for task in results["tasks"]:
-        headings, rows = detail(task)
-        _print(out, f"{task['name']}: {task['about']}", headings[:-1], [row[:-1] for row in rows])  # the page has all
-    say(out, *sentences(results), "", *(f"- {note}" for note in notes(results)), "")
+def told(results: Row) -> list[Block]:
+    """On the terminal: the overview, a table for each task, and what they say."""
+    details = [_without_settings(detail(task)) for task in results["tasks"]]
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in results["seconds_of"].items())
-    say(out, f"{results['seconds']:.0f} s: {seconds}. Page, figures and data: {folder}")
+    said = "\n".join(sentences(results))
+    return [overview(results), *details, said, Items(notes(results)), f"Seconds: {seconds}."]
 
 
-def _stacked(cell: str) -> str:
-    """The number, and below it how sure it is."""
-    number, _, rest = cell.partition(" ")
-    return "\n".join([number, *re.split(r" (?=\(|points|diverged)", rest)]).rstrip()
+def _on_page(task: Row) -> Table:
+    """Below a heading with its name."""
+    return replace(detail(task), title=task["about"])
 
 
-def _print(out: Any, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.text import Text
-
-    mode, *others = headings
-    narrow = ["\n".join(wrap(heading, 9)) for heading in others]
-    table = table_of(title, [mode, *narrow], words=[mode], gap=1)
-    for name, *cells in rows:
-        table.add_row(*map(Text, [name, *map(_stacked, cells)]))
-    out.print(table)
-    out.print()
+def _without_settings(table: Table) -> Table:
+    """The page has them."""
+    return replace(table, headings=table.headings[:-1], rows=[row[:-1] for row in table.rows])
 
 
-# The page.
-
-
-def markdown(results: Row, figures: Mapping[str, str]) -> str:
-    """The page; `figures` are paths relative to it. What comes from outside is escaped."""
-    made = (
-        f"Made by `{results['command'].replace('`', '')}` on {escaped(results['date'])}; "
-        f"{escaped(results['machine'])}; torch {escaped(results['versions']['torch'])}, gradreg "
-        f"{escaped(results['versions']['gradreg'])}, in {results['seconds'] / 60:.0f} minutes."
+def page(results: Row) -> Page:
+    drawn = panels(results["tasks"])
+    figures = ("pareto", pareto_figure, PARETO), ("worst", worst_figure, WORST)
+    return Page(
+        "The frontier: benefit against cost",
+        [
+            INTRODUCTION,
+            Items(sentences(results)),
+            made(results),
+            overview(results),
+            *(Figure(name, draw(drawn), caption) for name, draw, caption in figures if drawn),
+            Heading("How to read it"),
+            Items(notes(results)),
+            Heading("Each task"),
+            *(block for task in results["tasks"] for block in (Heading(task["name"], 3), _on_page(task))),
+            Heading("Why"),
+            MECHANISM,
+            *(_mechanism(name, points) for name, points in results["mechanism"].items()),
+            *AFTERWORD,
+        ],
+        "gradreg frontier",
     )
-    blocks = [
-        "# The frontier: benefit against cost",
-        MARK,
-        INTRODUCTION,
-        COMMANDS,
-        made,
-        "\n".join(f"- {line}" for line in sentences(results)),
-        markdown_table(*overview(results)),
-        *(f"![{text}]({figures[name]})\n\n{text}" for name, text in CAPTIONS.items() if name in figures),
-        "## How to read it",
-        "\n".join(f"- {note}" for note in notes(results)),
-        "## Each task",
-        *(block for task in results["tasks"] for block in (f"### {escaped(task['name'])}", _of_task(task))),
-        "## Why",
-        MECHANISM,
-        *(block for name, points in results["mechanism"].items() for block in _mechanism(name, points)),
-        PITFALLS,
-    ]
-    return "\n\n".join(blocks) + "\n"
 
 
-def _of_task(task: Row) -> str:
-    return f"{escaped(task['about'])}.\n\n{markdown_table(*detail(task))}"
-
-
-def _mechanism(name: str, points: Sequence[Row]) -> list[str]:
-    headings = ["penalty of"]
-    headings += [f"{what}, step {point['step']}" for point in points for what in ("cosine", "norm")]
-    names = [row["mode"] for row in points[0]["rows"] if row["reference"] == "exact"]
+def _mechanism(name: str, points: Sequence[Row]) -> Table:
+    headings = [f"{what}, step {point['step']}" for point in points for what in ("cosine", "norm")]
     rows = []
-    for mode in names:
-        cells = [mode]
-        for point in points:
-            row = next(r for r in point["rows"] if (r["mode"], r["reference"]) == (mode, "exact"))
-            cells += [_plus_minus(row["cosine"], 2), _plus_minus(row["ratio"], 2)]
-        rows.append(cells)
-    return [f"*{escaped(name)}*", markdown_table(headings, rows)]
+    for mode in [row["mode"] for row in points[0]["rows"] if row["reference"] == "exact"]:
+        found = [next(r for r in p["rows"] if (r["mode"], r["reference"]) == (mode, "exact")) for p in points]
+        rows.append([mode, *(plus_minus(row[what], 2) for row in found for what in ("cosine", "ratio"))])
+    return Table(name, ["penalty of", *headings], rows)
 
 
-def _minus(text: str) -> str:
-    return text.replace("-", "−")
-
-
-def _retention(interval: Row | None) -> str:
-    if interval is None:
-        return "–"
-    return _minus(f"{interval['mean']:.2f} [{interval['low']:.2f}, {interval['high']:.2f}]")
-
-
-def _signed(interval: Row) -> str:
-    return _minus(f"{interval['mean']:+.1f} ± {(interval['high'] - interval['low']) / 2:.1f}")
-
-
-def _plus_minus(interval: Row, digits: int) -> str:
-    return _minus(f"{interval['mean']:.{digits}f} ± {(interval['high'] - interval['low']) / 2:.{digits}f}")
-
-
-def _price(row: Row) -> str:
-    return f"{price(row):.2f}"
-
-
-def _cost(row: Row, what: str) -> str:
-    ratio = row["cost"].get(what)
-    return "" if ratio is None else f"{ratio['median']:.2f}"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
-
-
-CAPTIONS = {
-    "pareto": "What each mode keeps of the gain over what it costs, with 95 % intervals; filled: on the front.",
-    "worst": "Each mode on the task where it keeps least.",
-}
-
-INTRODUCTION = """\
-Twice the cost is why people give gradient regularization up. [Below two passes](cheap.md) has the ways to pay less;
-this page is what they keep of the benefit here, each tuned as long as the others, against measured time. It is what
-the command wrote."""
-
-COMMANDS = """\
-```bash
-gradreg frontier                           # all of it
-gradreg frontier --quick                   # two tasks, few seeds
-gradreg frontier --tune                    # the choice of every mode's numbers, once more
-gradreg frontier --write docs/frontier.md  # also this page and its figures
-```"""
-
-MECHANISM = """\
-The penalty that a mode adds to the gradient, ĝ − g1 in the mean over the batches of an epoch, at frozen points of plain
-runs, beside γHg by double backpropagation: the cosine of the two, and the norm of the first over that of the second.
-Modes with a displacement of fixed length are held against the γ at which the full method pushes as hard. `exact, other
-batches` says how far the noise of batches lets two penalties agree. Where a run ends, ‖∇L‖ and tr H over all training
-rows, is in the tables above."""
-
-PITFALLS = """\
-## What to know
-
-- The tasks are small, and chosen because full gradient regularization helps there: label noise, few rows, few steps. On
-  tasks where it does not, there is nothing to retain.
-- The cost of a fraction of the batch is that of arithmetic. Where a step is mostly overhead, as in these small models,
-  a small pass costs nearly as much as a large one: see the last columns.
-- Times of a step mean something on a quiet machine only; everything else depends on the seeds.
-- Interrupted, the command keeps each finished run as a line of `runs.jsonl`."""
+PARETO = "What each mode keeps of the gain over what it costs, with 95 % intervals; filled: on the front."
+WORST = "Each mode on the task where it keeps least."
+INTRODUCTION = (
+    "Twice the cost is why people give gradient regularization up. [Below two passes](cheap.md) has the ways to pay "
+    "less; this page is what they keep of the benefit here, each tuned as long as the others, against measured time. "
+    "It is what the command wrote. What was found, and which modes reach what a mode should reach on every task:"
+)
+MECHANISM = (
+    "The penalty that a mode adds to the gradient, ĝ − g1 in the mean over the batches of an epoch, at frozen points "
+    "of plain runs, beside γHg by double backpropagation: the cosine of the two, and the norm of the first over that "
+    "of the second. Modes with a displacement of fixed length are held against the γ at which the full method pushes "
+    "as hard. `exact, other batches` says how far the noise of batches lets two penalties agree. Where a run ends, "
+    "‖∇L‖ and tr H over all training rows, is in the tables above."
+)
+AFTERWORD: tuple[Block, ...] = (
+    Heading("What to know"),
+    Items(
+        [
+            "The tasks are small, and chosen because full gradient regularization helps there: label noise, few rows, "
+            "few steps. On tasks where it does not, there is nothing to retain.",
+            "The cost of a fraction of the batch is that of arithmetic. Where a step is mostly overhead, as in these "
+            "small models, a small pass costs nearly as much as a large one: see the last columns.",
+            "Times of a step mean something on a quiet machine only; everything else depends on the seeds.",
+            "Interrupted, the command keeps each finished run as a line of `runs.jsonl`.",
+        ]
+    ),
+    Heading("To measure it again"),
+    Code(
+        "gradreg frontier                           # all of it\n"
+        "gradreg frontier --quick                   # two tasks, few seeds\n"
+        "gradreg frontier --tune                    # the choice of every mode's numbers, once more\n"
+        "gradreg frontier --write docs/frontier.md  # also this page and its figures",
+        "bash",
+    ),
+)

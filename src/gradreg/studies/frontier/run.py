@@ -13,12 +13,13 @@ import torch
 
 from gradreg.lab.about import provenance
 from gradreg.lab.config import RunConfig
-from gradreg.lab.folder import write_json, write_text
+from gradreg.lab.folder import write_json
+from gradreg.lab.page import publish, tell
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.runs import Job
 from gradreg.studies.frontier import cost, mechanism
 from gradreg.studies.frontier.modes import ABOUT_TASKS, FULL, MODES, PLAIN, TASKS, Candidate, Mode, job
-from gradreg.studies.frontier.page import figures_of, markdown, print_tables
+from gradreg.studies.frontier.page import page, told
 from gradreg.studies.frontier.summary import goals, task_row
 from gradreg.studies.frontier.tune import play_rows, shipped
 
@@ -59,11 +60,7 @@ class Plan:
         return f"gradreg frontier{quick} --seed {self.seeds[0]} --seeds {len(self.seeds)}"
 
 
-def run_frontier(
-    plan: Plan,
-    folder: Path,
-    page: Path | None = None,
-) -> dict[str, Any]:
+def run_frontier(plan: Plan, folder: Path, write: Path | None = None) -> dict[str, Any]:
     """Measure, write the folder and the page, print the tables; return what results.json holds."""
     started = time.perf_counter()
     choices, modes = shipped(), MODES
@@ -91,20 +88,9 @@ def run_frontier(
         "mechanism": aligned,
     }
     write_json(folder / "results.json", results)
-    write_page(results, folder / PAGE)
-    if page is not None:
-        write_page(results, page)
-    print_tables(results, folder)
+    publish(page(results), folder, folder / PAGE, *([write] if write else []))
+    tell(told(results), results, folder)
     return results
-
-
-def write_page(results: Mapping[str, Any], page: Path) -> None:
-    """The page, and its figures beside it in figures/."""
-    figures = figures_of(results)
-    (page.parent / "figures").mkdir(parents=True, exist_ok=True)
-    for name, svg in figures.items():
-        write_text(page.parent / "figures" / f"{page.stem}-{name}.svg", svg)
-    write_text(page, markdown(results, {name: f"figures/{page.stem}-{name}.svg" for name in figures}))
 
 
 def _runs(

@@ -23,8 +23,9 @@ import torch
 
 from gradreg.lab import stats
 from gradreg.lab.about import provenance
-from gradreg.lab.folder import write_json, write_text
+from gradreg.lab.folder import write_json
 from gradreg.lab.jobs import run_jobs
+from gradreg.lab.page import publish, tell
 from gradreg.studies.implicit_bias.large_steps import descend
 from gradreg.studies.implicit_bias.plan import SeededPlan
 from gradreg.studies.implicit_bias.points import EXACT, LARGE, PLAIN, POINTS, TABLE, Point
@@ -83,7 +84,7 @@ class Plan(SeededPlan):
 
 def run_dln(plan: Plan, folder: Path) -> Row:
     """Compute, write the folder, print the tables; return what results.json holds."""
-    from gradreg.studies.implicit_bias.dln_report import figures, print_tables
+    from gradreg.studies.implicit_bias.dln_page import page, told
 
     started = time.perf_counter()
     shifts = MAP_SHIFTS[::2] if plan.is_quick else MAP_SHIFTS
@@ -119,9 +120,8 @@ def run_dln(plan: Plan, folder: Path) -> Row:
         "seconds": round(time.perf_counter() - started, 1),
     }
     write_json(folder / "results.json", results)
-    for name, figure in figures(results).items():
-        write_text(folder / f"{name}.svg", figure)
-    print_tables(results, folder)
+    publish(page(results), folder)
+    tell(told(results), results, folder)
     return results
 
 

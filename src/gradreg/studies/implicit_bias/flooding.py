@@ -26,11 +26,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
@@ -39,13 +36,11 @@ from gradreg.functional import penalty_gradient
 from gradreg.lab import stats
 from gradreg.lab.about import provenance
 from gradreg.lab.data import Part, Split, load
-from gradreg.lab.figures import COLORS, PRINTED, svg
-from gradreg.lab.folder import write_json, write_text
+from gradreg.lab.folder import write_json
 from gradreg.lab.jobs import run_jobs
 from gradreg.lab.models import build
+from gradreg.lab.page import publish, tell
 from gradreg.lab.runs import accuracy, measure
-from gradreg.lab.tables import console, say, table_of
-from gradreg.lab.words import ranged, stacked
 from gradreg.studies.demo.tasks import TASKS
 from gradreg.studies.implicit_bias.plan import SeededPlan
 
@@ -86,6 +81,8 @@ class Plan(SeededPlan):
 
 def run_flooding(plan: Plan, folder: Path) -> Row:
     """Compute, write the folder, print the tables; return what results.json holds."""
+    from gradreg.studies.implicit_bias.flooding_page import page, told
+
     started = time.perf_counter()
     modes = [_shorter(mode) if plan.is_quick else mode for mode in MODES]
     # Initialization draws from the global random state, which threads share: not in a job.
@@ -103,9 +100,8 @@ def run_flooding(plan: Plan, folder: Path) -> Row:
         "seconds": round(time.perf_counter() - started, 1),
     }
     write_json(folder / "results.json", results)
-    with matplotlib.rc_context(PRINTED):
-        write_text(folder / "flooding.svg", svg(figure(results)))
-    print_tables(results, folder)
+    publish(page(results), folder)
+    tell(told(results), results, folder)
     return results
 
 
@@ -319,76 +315,3 @@ def summarize(mode: Mode, runs: Sequence[Row]) -> Row:
     counts = {key: interval([run["Flooding"]["counts"][key] for run in runs]) for key in keys}
     own = {key: interval([run["Flooding"][key] for run in runs]) for key in ("explained", "log2_fall")}
     return {**asdict(mode), "methods": methods, "counts": counts, **own}
-
-
-# What is shown.
-
-
-def print_tables(results: Row, folder: Path) -> None:
-    """The identity, then a table and the counts of each mode."""
-    out = console()
-    say(out, "Two flooded steps across the level against one step of the penalty, relative error of the displacement:")
-    for row in results["identity"]:
-        order = "up, down: F-GR" if row["scheme"] == "forward" else "down, up: B-GR"
-        say(out, f"  {order}  {row['relative_error']:.1e}   (rounding of the weights: {row['rounding']:.1e})")
-    for mode in results["modes"]:
-        say(out, "")
-        title = f"{mode['name']}: η = {mode['rate']:g}, b = {mode['level']:g}, {mode['num_steps']} steps"
-        table = table_of(title, ("method", "ε", "γ", "training loss", "‖∇L‖²", "test accuracy, %"))
-        for name, row in mode["methods"].items():
-            percent = {key: 100 * value for key, value in row["accuracy"].items()}
-            gamma = mode["counts"]["gamma"] if name == "Flooding" else row["gamma"]
-            has_penalty = name != "SGD"
-            table.add_row(
-                name,
-                f"{mode['rate']:g}" if has_penalty else "",
-                stacked(gamma, 2) if has_penalty else "",
-                stacked(row["train_loss"]),
-                f"{row['squared_norm']['mean']:.2e}",
-                stacked(percent, 1),
-            )
-        out.print(table)
-        counts = mode["counts"]
-        say(
-            out,
-            f"Steps of flooding in pairs across the level: {ranged(counts['pair_share'], 2)} of all, "
-            f"{ranged(counts['pair_share_after_level'], 2)} after the level was first reached.",
-            "Cosine of what a pair did and the penalty step that the identity predicts: "
-            f"{ranged(mode['explained'], 4)}.",
-            f"‖∇L‖² in the last quarter over that where the level was first reached: {_factor(mode['log2_fall'])}.",
-        )
-    say(
-        out,
-        "",
-        f"Task: {results['task']}, float64, plain SGD without momentum or weight decay. γ of flooding is the effective "
-        "one, and that of F-GR is the same. Means and 95 % intervals (Student's t) over "
-        f"{len(results['seeds'])} seeds.",
-        f"{results['seconds']:.0f} s on {results['machine']}. Figure and data: {folder}",
-    )
-
-
-def _factor(log2: Row | None) -> str:
-    return "–" if log2 is None else ranged({key: 2**value for key, value in log2.items()}, 2)
-
-
-def figure(results: Row) -> Figure:
-    """‖∇L‖² of the plain loss on the training rows, against the step."""
-    drawing = Figure(figsize=(9, 3.7), layout="constrained")
-    panels = drawing.subplots(1, len(results["modes"]), squeeze=False)[0]
-    for axes, mode in zip(panels, results["modes"]):
-        for name, row in mode["methods"].items():
-            color, dash = COLORS[name]
-            points = [p for p in row["trace"] if p["log10_squared_norm"]]
-            steps = [p["step"] for p in points]
-            mean, low, high = ([10 ** p["log10_squared_norm"][k] for p in points] for k in ("mean", "low", "high"))
-            axes.plot(steps, mean, color=color, linestyle=dash, linewidth=2)
-            axes.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set_title(f"{mode['name']}\nη = {mode['rate']:g}, b = {mode['level']:g}")
-        axes.set_xlabel("step")
-    panels[0].set_ylabel("‖∇L‖², all training rows")
-    labels = {"SGD": "SGD", "Flooding": "flooding", "F-GR": "F-GR with ε = η and the effective γ of that flooding"}
-    handles = [Line2D([], [], color=COLORS[n][0], linestyle=COLORS[n][1], label=label) for n, label in labels.items()]
-    drawing.legend(handles=handles, loc="outside upper center", ncols=3)
-    return drawing

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,3 +25,16 @@ OVER_GAMMA = [
 ]
 POINTS = list(dict.fromkeys([PLAIN, EXACT, *OVER_EPSILON, *OVER_GAMMA]))
 TABLE = [PLAIN, Point("backward", 1.0, 1.0), EXACT, Point("central", 1.0, 1.0), Point("forward", 1.0, 0.125), LARGE]
+METHOD = {"forward": "F-GR", "backward": "B-GR", "central": "Central", "exact": "DB"}
+"""The name of each scheme in tables and figures."""
+
+
+def point_of(setting: Mapping[str, Any], point: Point) -> Mapping[str, Any]:
+    """The row of a point in the results of a setting."""
+    return next(row for row in setting["points"] if Point(row["scheme"], row["gamma"], row["epsilon"]) == point)
+
+
+def cell_of(found: Mapping[str, Any], shift: float, alpha: float, ratio: float) -> Mapping[str, Any]:
+    """A cell of the map."""
+    wanted = (shift, alpha, ratio)
+    return next(cell for cell in found["cells"] if (cell["shift"], cell["alpha"], cell["ratio"]) == wanted)
