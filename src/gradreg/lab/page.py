@@ -301,3 +301,8 @@ def inline(name: str, svg: str) -> Markup:
 def _in_utf8(text: str) -> str:
     """Half a surrogate pair, which UTF-8 cannot hold, becomes `?`."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def fragment(blocks: Sequence[Block]) -> str:
+    """Some blocks as HTML in a page of somebody else's, such as a notebook's."""
+    return str(Markup("\n").join(_html(block) for block in blocks))

@@ -200,7 +200,7 @@ def gap_of(row: Mapping[str, Any], metric: Metric) -> str:
     return text.replace("-", "−")
 
 
-def notes(results: Row) -> list[str]:
+def notes(results: Mapping[str, Any]) -> list[str]:
     """How to read the numbers; the same words below the table and on the page."""
     plan, metric = results["plan"], Metric.from_row(results["metric"])
     seeds = results["seeds"]

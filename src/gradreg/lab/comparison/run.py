@@ -124,7 +124,7 @@ def open_study(place: Place, plan: Plan) -> None:
 
 def carry_out(plan: Plan, folder: Path, place: Place, workers: int) -> dict[str, Any]:
     """Play all runs that are left, with others if there are; what results.json holds."""
-    if plan.base.file is not None and plan.digest != tasks.digest_of(plan.base.file):
+    if plan.digest and plan.digest != tasks.digest_of(plan.base.file):  # of an object in hand there is none
         raise BadInput(
             f"TASK must be as it was when the comparison began, and {plan.base.file} has changed: begin anew."
         )
