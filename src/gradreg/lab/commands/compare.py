@@ -75,6 +75,8 @@ def compare(
     on, and, given in other terminals or on other machines, shares the work.
     """
     by = one_of("--by", by, ("ratio", "gamma"))
+    if methods is not None and not methods:
+        raise BadInput("--methods must name at least one method, got nothing.")
     _check_options(task, resume, storage, study, out, given, methods, trials, seeds, budget)
     fields = together(task, given)
 

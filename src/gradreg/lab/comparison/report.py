@@ -37,7 +37,7 @@ def told(results: Row) -> list[Block]:
 def text(results: Row) -> str:
     """The same as a text of 80 columns."""
     out = StringIO()
-    console = Console(file=out, width=WIDTH)
+    console = Console(file=out, width=WIDTH, force_jupyter=False)
     for block in (chosen_table(results), table(results)):
         block.print(console)
         console.print()
