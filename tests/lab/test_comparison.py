@@ -20,7 +20,7 @@ from gradreg.lab import BadInput, Comparison, Loop, Task, compare, stats, tasks
 from gradreg.lab.comparison import arms, run
 from gradreg.lab.comparison.arms import BASELINE, LONGER, around
 from gradreg.lab.comparison.plan import FIRST_SEED, LADDER, Effort, Plan, checked_methods
-from gradreg.lab.comparison.result import judged, notes
+from gradreg.lab.comparison.result import notes
 from gradreg.lab.config import RunConfig
 from gradreg.lab.metric import ACCURACY, Metric
 from gradreg.lab.records import read_record
@@ -146,7 +146,7 @@ def test_names_of_methods_in_any_spelling_each_once():
     ],
 )
 def test_a_verdict_is_oriented(difference, metric, expected):
-    assert judged(stats.Interval(*difference), metric, []) == expected
+    assert metric.verdict(stats.Interval(*difference)) == expected
 
 
 def words_of(recorded, test):

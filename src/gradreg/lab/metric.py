@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from gradreg.lab import stats
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,20 @@ class Metric:
             return -math.inf
         return value if self.higher_is_better else -value
 
+    def rank(self, value: float) -> float:
+        """As `worth`, but finite, for means: a share that is missing is that of the worst."""
+        if not math.isfinite(value):
+            return 0.0 if self.is_share else -1e30
+        return self.worth(value)
+
+    def verdict(self, difference: stats.Interval, counts: Iterable[float | None] = ()) -> str:
+        """Of a paired difference: better is better, whichever way the score goes. `counts`: rows of each score."""
+        if not self.higher_is_better:
+            difference = stats.Interval(-difference.mean, -difference.high, -difference.low)
+        return stats.verdict(difference, stats.one_row(counts) if self.is_share else 0.0)
+
     def shown(self, value: float, digits: int = 1) -> str:
-        return f"{100 * value:.{digits}f}" if self.is_share else f"{value:.3g}"
+        return f"{100 * value:.{digits}f}" if self.is_share else f"{value:#.3g}".rstrip(".")
 
     def written(self, value: float) -> str:
         """With its unit."""

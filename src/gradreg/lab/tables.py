@@ -32,7 +32,7 @@ def console() -> Console:
 def say(out: Console, *lines: str) -> None:
     """Sentences, broken between words only: a path can be copied, however long it is."""
     for line in lines:
-        out.print("\n".join(_wrapped(line, out.width)), markup=False, highlight=False, soft_wrap=True)
+        out.print("\n".join(_wrapped(line, out.width)), markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def _wrapped(text: str, width: int) -> list[str]:

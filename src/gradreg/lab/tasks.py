@@ -26,6 +26,7 @@ from gradreg.lab.data import load
 from gradreg.lab.data.augment import augmented
 from gradreg.lab.data.parts import Split
 from gradreg.lab.folder import BadInput
+from gradreg.lab.metric import ACCURACY, Metric
 from gradreg.lab.models import MODELS
 from gradreg.lab.task import Loop, Task, as_task
 from gradreg.lab.train.processes import resolve
@@ -144,6 +145,11 @@ def task_of(config: RunConfig) -> Task | Loop:
             raises or holds something else.
     """
     return builtin(config) if config.file is None else find(config.file)
+
+
+def metric_of(config: RunConfig) -> Metric:
+    """What runs of a configuration are judged by; of a built-in task without making it."""
+    return ACCURACY if config.file is None else find(config.file).metric
 
 
 def trained(config: RunConfig) -> Task:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from gradreg.lab import stats
+from gradreg.lab.metric import Metric
 
 Row = Mapping[str, Any]
 SYMBOLS = {"gamma": "γ", "epsilon": "ε", "rho": "ρ", "level": "b", "lookahead": "ρ", "average": "last"}
@@ -111,3 +112,29 @@ def listed(names: Sequence[str]) -> str:
 
 def plural(count: int) -> str:
     return "" if count == 1 else "s"
+
+
+def score(interval: Row | None, metric: Metric) -> str:
+    """`77.3 ± 0.8%`, in the unit of the score."""
+    if interval is None:
+        return "–"
+    half = (interval["high"] - interval["low"]) / 2
+    if metric.is_share:
+        return f"{metric.shown(interval['mean'])} ± {100 * half:.1f}{metric.unit}"
+    digits = _digits(half)
+    return f"{interval['mean']:.{digits}f} ± {half:.{digits}f}"
+
+
+def gap(difference: Row | None, metric: Metric) -> str:
+    """`−0.011 (−0.015 to −0.007)`; in points of a share; empty where there is none."""
+    if difference is None:
+        return ""
+    ends = tuple(difference[key] for key in ("mean", "low", "high"))
+    digits, scale = (1, 100) if metric.is_share else (_digits((ends[2] - ends[1]) / 2), 1)
+    mean_, low, high = (f"{scale * end + 0.0:+.{digits}f}" for end in ends)
+    return f"{mean_} ({low} to {high})".replace("-", "−")
+
+
+def _digits(half: float) -> int:
+    """After the point: two of half an interval's own."""
+    return min(max(1 - math.floor(math.log10(half)), 0), 8) if half > 0 else 4

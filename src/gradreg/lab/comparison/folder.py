@@ -26,7 +26,7 @@ from gradreg.lab.sweep.schedule import key_of
 from gradreg.lab.sweep.storage import Place, without_password
 from gradreg.lab.sweep.study import Study
 from gradreg.lab.task import Loop
-from gradreg.lab.tasks import task_of
+from gradreg.lab.tasks import metric_of, task_of
 from gradreg.lab.train.processes import resolve
 
 MOST_ROUNDS, LEAST_ROUNDS, SECONDS_OF_COST = 30, 6, 20.0
@@ -96,7 +96,7 @@ def conclude(folder: Path, place: Place, plan: Plan) -> Row:
     with locked(folder / ".locks" / "results"):
         if (folder / "results.json").exists():
             return read_record(folder / "results.json")
-        schedule = ComparisonSchedule(plan, task_of(plan.base).metric)
+        schedule = ComparisonSchedule(plan, metric_of(plan.base))
         with Study(place) as study:
             board = study.board()
         lines = _without_tracebacks(folder, schedule.rows(board))
@@ -151,7 +151,10 @@ def _step_costs(schedule: ComparisonSchedule, choices: Mapping[str, Point | None
     configs = {arm.name: arm.config(schedule.base, choices[arm.name] or {}, 0) for arm in schedule.arms}
     names = [arm.name for arm in schedule.arms if not arm.is_opponent]
     full = {name: replace(configs[name], warmup=0.0, period=1) for name in names}
-    steps: dict[str, Callable[[], object]] = {name: make_step(config, task, device) for name, config in full.items()}
+    between = {f"{name}, between": replace(full[name], period=10**6) for name in names if configs[name].period > 1}
+    steps: dict[str, Callable[[], object]] = {
+        name: make_step(config, task, device) for name, config in {**full, **between}.items()
+    }
     clock = clock_for(device, threads=1)
     started = time.perf_counter()
     paired_seconds(steps, 1, clock, warm_up=1)
@@ -163,7 +166,8 @@ def _step_costs(schedule: ComparisonSchedule, choices: Mapping[str, Point | None
     for arm in schedule.arms:
         took = seconds[BASELINE if arm.is_opponent else arm.name]
         share = 1 / configs[arm.name].period  # of the steps, those with a penalty
-        took = [share * a + (1 - share) * b for a, b in zip(took, plain)]
+        rest = seconds.get(f"{arm.name}, between", took)
+        took = [share * a + (1 - share) * b for a, b in zip(took, rest)]
         ratio = median_ratio(took, plain)
         found[arm.name] = {key: value * arm.epochs for key, value in asdict(ratio).items()}
     return found

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from gradreg.lab.comparison.arms import BASELINE
 from gradreg.lab.comparison.figures import cost_figure, score_figure
-from gradreg.lab.comparison.result import FAILED, chosen, gap_of, leader, notes, score
+from gradreg.lab.comparison.result import FAILED, chosen, leader, notes
 from gradreg.lab.config import from_mapping
 from gradreg.lab.methods import METHODS
 from gradreg.lab.metric import Metric
@@ -19,6 +19,7 @@ from gradreg.lab.page import Block, Code, Figure, Heading, Items, Page, made, pl
 from gradreg.lab.report.snippets import lines_of
 from gradreg.lab.stats import UNDECIDED
 from gradreg.lab.tables import WIDTH, Table, say
+from gradreg.lab.words import gap, score
 
 Row = Mapping[str, Any]
 
@@ -58,7 +59,7 @@ def _cells(row: Row, metric: Metric) -> tuple[str, ...]:
     diverged = f"{row['diverged']} diverged" if row["diverged"] else ""
     verdict = ", ".join(part for part in (told, failed, diverged) if part)
     cost = f"{row['cost']['median']:.2f}×" if row.get("cost") else "–"
-    return row["name"], score(row["test"], metric).rstrip("%"), gap_of(row, metric), verdict, cost
+    return row["name"], score(row["test"], metric).rstrip("%"), gap(row.get("difference"), metric), verdict, cost
 
 
 def chosen_table(results: Row) -> Table:

@@ -21,7 +21,7 @@ from gradreg.lab.runs import Result
 from gradreg.lab.search import Point
 from gradreg.lab.sweep.board import Board
 from gradreg.lab.sweep.schedule import key_of
-from gradreg.lab.words import SYMBOLS, listed, plural
+from gradreg.lab.words import SYMBOLS, gap, listed, plural, score
 
 Row = dict[str, Any]
 FAILED = "no result"
@@ -93,15 +93,7 @@ def _compared(scores: Sequence[float], baseline: Sequence[float], metric: Metric
     if not all(map(math.isfinite, [*scores, *baseline])):
         return {"difference": None, "verdict": FAILED}
     difference = stats.paired_difference(scores, baseline)
-    return {"difference": asdict(difference), "verdict": judged(difference, metric, runs)}
-
-
-def judged(difference: stats.Interval, metric: Metric, runs: Sequence[Result]) -> str:
-    """Better is better, whichever way the score goes."""
-    if not metric.higher_is_better:
-        difference = stats.Interval(-difference.mean, -difference.high, -difference.low)
-    margin = stats.one_row(run.num_scored for run in runs) if metric.is_share else 0.0
-    return stats.verdict(difference, margin)
+    return {"difference": asdict(difference), "verdict": metric.verdict(difference, (run.num_scored for run in runs))}
 
 
 def _mean(scores: Sequence[float]) -> float:
@@ -129,8 +121,8 @@ def verdict(results: Row) -> str:
         broken = listed([row["name"] for row in (plain, best) if row["test"] is None])
         return f"On {task} nothing can be said: {broken} has test runs that failed or diverged."
     seeds = f"over {len(results['seeds'])} paired seeds"
-    gap = f"{gap_of(best, metric)} {seeds}"
-    numbers = f"{metric.name} {score(best['test'], metric)} against {score(plain['test'], metric)}, {gap}"
+    apart = f"{gap(best['difference'], metric)} {seeds}"
+    numbers = f"{metric.name} {score(best['test'], metric)} against {score(plain['test'], metric)}, {apart}"
     cost = f", at {best['cost']['median']:.2g} times the cost of a step" if best.get("cost") else ""
     if best["verdict"] == stats.BETTER:
         said = f"{named} is better than tuned {BASELINE} on {task}: {numbers}{cost}."
@@ -150,8 +142,7 @@ def _beside_opponent(results: Row, best: Row, metric: Metric) -> str:
     if opponent is None or opponent["test"] is None:
         return ""
     difference = stats.paired_difference(best["scores"], opponent["scores"])
-    runs: list[Result] = []
-    found = judged(difference, metric, runs)
+    found = metric.verdict(difference)
     reached = f" {opponent['name']} reaches {score(opponent['test'], metric)}"
     if found == stats.UNDECIDED:
         return f"{reached}: no difference to {best['name']} is shown at equal time."
@@ -168,36 +159,6 @@ def chosen(row: Mapping[str, Any]) -> str:
     """All that was chosen for an arm."""
     numbers = {name: row[name] for name in ("learning_rate", "weight_decay")}
     return ", ".join(f"{_SHORT.get(name, name)} {value:g}" for name, value in {**numbers, **row["settings"]}.items())
-
-
-def score(interval: Mapping[str, float] | None, metric: Metric) -> str:
-    """`77.3 ± 0.8`, in the unit of the score."""
-    if interval is None:
-        return "–"
-    scale = 100 if metric.is_share else 1
-    half = scale * (interval["high"] - interval["low"]) / 2
-    return f"{metric.shown(interval['mean'])} ± {half:.1f}{metric.unit}" if metric.is_share else _to(interval, half)
-
-
-def _to(interval: Mapping[str, float], half: float) -> str:
-    """As many digits as the interval bears."""
-    digits = 2 - math.floor(math.log10(half)) - 1 if half > 0 else 4
-    digits = min(max(digits, 0), 8)
-    return f"{interval['mean']:.{digits}f} ± {half:.{digits}f}"
-
-
-def gap_of(row: Mapping[str, Any], metric: Metric) -> str:
-    """`−0.011 (−0.015 to −0.007)`; in points of a share."""
-    if row.get("difference") is None:
-        return ""
-    mean, low, high = (row["difference"][key] for key in ("mean", "low", "high"))
-    if metric.is_share:
-        text = f"{100 * mean + 0.0:+.1f} ({100 * low + 0.0:+.1f} to {100 * high + 0.0:+.1f})"
-    else:
-        half = (high - low) / 2
-        digits = min(max(1 - math.floor(math.log10(half)), 0), 8) if half > 0 else 4
-        text = f"{mean + 0.0:+.{digits}f} ({low + 0.0:+.{digits}f} to {high + 0.0:+.{digits}f})"
-    return text.replace("-", "−")
 
 
 def notes(results: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from gradreg.lab.about import git_state, machine, versions
 from gradreg.lab.config import FIELDS, RunConfig, from_mapping
 from gradreg.lab.cost.steps import clock_for, make_step, paired_seconds
 from gradreg.lab.folder import BadInput, json_line, shown, write_json, write_text
+from gradreg.lab.metric import Metric
 from gradreg.lab.records import Damaged, opened, read_record, sealed
 from gradreg.lab.search import Range
 from gradreg.lab.sweep.journal import locked
@@ -24,9 +25,9 @@ from gradreg.lab.sweep.schedule import SweepSchedule
 from gradreg.lab.sweep.storage import Place, without_password
 from gradreg.lab.sweep.study import Study
 from gradreg.lab.tables import Table, console, say
-from gradreg.lab.tasks import trained
+from gradreg.lab.tasks import metric_of, trained
 from gradreg.lab.train.processes import resolve
-from gradreg.lab.words import accuracy, difference, settings, verdict_words
+from gradreg.lab.words import gap, score, settings, verdict_words
 
 COST_ROUNDS = 30
 
@@ -137,7 +138,8 @@ def conclude(folder: Path, place: Place) -> Row:
         if (folder / "results.json").exists():
             return _read(folder / "results.json", "remove it, and it is made again from the study")
         with Study(place) as study:
-            schedule = SweepSchedule(from_plan(study.plan))
+            sweep = from_plan(study.plan)
+            schedule = SweepSchedule(sweep, metric_of(sweep.base))
             board = study.board()
         rows, summary = schedule.rows(board), schedule.summary(board)
         write_text(folder / "runs.jsonl", "".join(json_line(sealed(row)) for row in rows))
@@ -162,7 +164,7 @@ def _read(path: Path, way_out: str) -> Row:
         raise BadInput(f"{shown(path)} {error}; {way_out}") from None
 
 
-_MEASURED = {"validation_accuracy", "num_seeds", "diverged"}
+_MEASURED = {"validation_accuracy", "validation_score", "num_seeds", "diverged"}
 
 
 def _costs(sweep: Sweep, best: Mapping[str, Row]) -> dict[str, float]:
@@ -177,14 +179,16 @@ def _costs(sweep: Sweep, best: Mapping[str, Row]) -> dict[str, float]:
 def print_table(results: Row, folder: Path) -> None:
     """The best point of each method, and where to read on."""
     out, chosen, tested = console(), [], []
+    metric = Metric.from_row(results.get("metric"))
+    unit = f", {metric.unit}" if metric.unit else ""
     for method, point in results["best"].items():
-        row = results["test"][method]
-        chosen.append((method, f"{100 * point['validation_accuracy']['mean']:.1f}", _settings(point)))
-        cells = (accuracy(row), difference(row), verdict_words(row))
+        row, found = results["test"][method], point[f"validation_{metric.key}"]
+        chosen.append((method, metric.shown(found["mean"]) if found else "–", _settings(point)))
+        cells = (score(row[metric.key], metric).rstrip("%"), gap(row.get("difference"), metric), verdict_words(row))
         tested.append((method, *cells, f"{results['costs'][method]:.2f}×"))
     for table in (
-        Table("", ("method", "validation, %", "best settings"), chosen),
-        Table("", ("method", "test, %", "minus SGD, points", "difference", "cost"), tested),
+        Table("", ("method", f"validation{unit}", "best settings"), chosen),
+        Table("", ("method", f"test{unit}", f"minus SGD, {metric.gap_unit}", "difference", "cost"), tested),
     ):
         table.print(out)
         say(out, "")

@@ -18,6 +18,7 @@ from gradreg.lab import stats
 from gradreg.lab.config import FIELDS, SETTINGS, SWEEP_KEYS, RunConfig, by_field, checked, from_mapping
 from gradreg.lab.folder import BadInput
 from gradreg.lab.methods import METHODS
+from gradreg.lab.metric import ACCURACY, Metric
 from gradreg.lab.names import suggestion
 from gradreg.lab.runs import Job, Result
 from gradreg.lab.search import Range, range_from
@@ -224,23 +225,26 @@ def _check(sweep: Sweep, kind: str) -> None:
             raise BadInput(f"{kind} block {number}: {error}") from None
 
 
-def score(result: Result) -> float:
-    """What a run counts for: its accuracy, 0 if there is none."""
-    return result.score if math.isfinite(result.score) else 0.0
+def value(result: Result, metric: Metric) -> float:
+    """What a run counts for: its score; a share that is missing is 0."""
+    return 0.0 if metric.is_share and not math.isfinite(result.score) else result.score
 
 
-def best_points(points: Sequence[Point], scores: Sequence[Sequence[float]]) -> dict[str, int]:
+def best_points(points: Sequence[Point], ranks: Sequence[Sequence[float]]) -> dict[str, int]:
     """Of each method the place of its best point: the highest mean over seeds, the first among equals."""
     best: dict[str, int] = {}
     for k, point in enumerate(points):
         at = best.setdefault(point["method"], k)
-        if math.fsum(scores[k]) > math.fsum(scores[at]):
+        if math.fsum(ranks[k]) > math.fsum(ranks[at]):
             best[point["method"]] = k
     return best
 
 
 def summarize(
-    points: Sequence[Point], validation: Sequence[Sequence[Result]], test: Mapping[str, Sequence[Result]]
+    points: Sequence[Point],
+    validation: Sequence[Sequence[Result]],
+    test: Mapping[str, Sequence[Result]],
+    metric: Metric = ACCURACY,
 ) -> Row:
     """`points`, `best` and `test` of results.json. Results are in the order of the seeds.
 
@@ -248,36 +252,39 @@ def summarize(
         points: what was tried.
         validation: of each point, its runs.
         test: of each method, the runs of its best point.
+        metric: of the scores.
     """
-    scores = [[score(result) for result in results] for results in validation]
     rows = [
         {
             **point,
-            "validation_accuracy": asdict(stats.mean_interval(of_seeds)),
-            "num_seeds": len(of_seeds),
+            f"validation_{metric.key}": _interval([value(result, metric) for result in results]),
+            "num_seeds": len(results),
             "diverged": sum(result.diverged for result in results),
         }
-        for point, of_seeds, results in zip(points, scores, validation)
+        for point, results in zip(points, validation)
     ]
-    best = {method: rows[k] for method, k in best_points(points, scores).items()}
-    baseline = [score(result) for result in test["SGD"]]
-    return {"points": rows, "best": best, "test": {m: _tested(m, results, baseline) for m, results in test.items()}}
+    ranks = [[metric.rank(result.score) for result in results] for results in validation]
+    best = {method: rows[k] for method, k in best_points(points, ranks).items()}
+    tested = {m: _tested(m, results, test["SGD"], metric) for m, results in test.items()}
+    return {"metric": metric.as_row(), "points": rows, "best": best, "test": tested}
 
 
-def _tested(method: str, results: Sequence[Result], baseline: Sequence[float]) -> Row:
-    accuracies = [score(result) for result in results]
+def _interval(values: Sequence[float]) -> Row | None:
+    return asdict(stats.mean_interval(values)) if all(map(math.isfinite, values)) else None
+
+
+def _tested(method: str, results: Sequence[Result], baseline: Sequence[Result], metric: Metric) -> Row:
+    scores, plain = ([value(result, metric) for result in runs] for runs in (results, baseline))
     row: Row = {
-        "accuracy": asdict(stats.mean_interval(accuracies)),
+        metric.key: _interval(scores),
         "train_loss": _mean([result.train_loss for result in results]),
         "grad_norm": _mean([result.grad_norm for result in results]),
         "diverged": sum(result.diverged for result in results),
     }
-    if method != "SGD":
-        difference = stats.paired_difference(accuracies, baseline)
-        row |= {
-            "difference": asdict(difference),
-            "verdict": stats.verdict(difference, stats.one_row(r.num_scored for r in results)),
-        }
+    if method != "SGD" and all(map(math.isfinite, [*scores, *plain])):
+        difference = stats.paired_difference(scores, plain)
+        verdict = metric.verdict(difference, (r.num_scored for r in results))
+        row |= {"difference": asdict(difference), "verdict": verdict}
     return row
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradreg.lab.config import RunConfig
+from gradreg.lab.metric import ACCURACY, Metric
 from gradreg.lab.runs import Job, Result, record
 from gradreg.lab.search import propose
 from gradreg.lab.sweep.board import Board, Entry
-from gradreg.lab.sweep.plan import Block, Point, Row, Sweep, best_points, score, summarize
+from gradreg.lab.sweep.plan import Block, Point, Row, Sweep, best_points, summarize
 
 MOST_ATTEMPTS = 3
 """Of a run, from when a worker starts: one that kills its workers must not do so for ever."""
@@ -87,9 +88,9 @@ class SweepSchedule(Schedule):
     """The order of the runs: validation runs seed by seed, so that an early end leaves whole comparisons; then, once
     all are in, the test runs of the best points."""
 
-    def __init__(self, sweep: Sweep) -> None:
+    def __init__(self, sweep: Sweep, metric: Metric = ACCURACY) -> None:
         super().__init__()
-        self.sweep = sweep
+        self.sweep, self.metric = sweep, metric
         self.base = sweep.base
         self._open_points = 1
 
@@ -154,7 +155,7 @@ class SweepSchedule(Schedule):
         means = {}
         for name in points:
             found = [results.get(key_of(name, seed, "validation")) for seed in self.sweep.seeds]
-            known = [score(result) for result in found if result is not None]
+            known = [self.metric.rank(result.score) for result in found if result is not None]
             if len(known) == len(found):
                 means[name] = math.fsum(known) / len(known)
         return means
@@ -165,8 +166,10 @@ class SweepSchedule(Schedule):
 
     def _best(self, points: Mapping[str, Point], results: Mapping[str, Result]) -> dict[str, str]:
         names = list(points)
-        scores = [[score(results[key_of(name, seed, "validation")]) for seed in self.sweep.seeds] for name in names]
-        return {method: names[k] for method, k in best_points(list(points.values()), scores).items()}
+        seeds = self.sweep.seeds
+        runs = [[results[key_of(name, seed, "validation")] for seed in seeds] for name in names]
+        ranks = [[self.metric.rank(result.score) for result in of_point] for of_point in runs]
+        return {method: names[k] for method, k in best_points(list(points.values()), ranks).items()}
 
     def job(self, what: Mapping[str, Any]) -> Job:
         return self.sweep.job(what["point"], what["seed"], what["scored_on"])
@@ -176,9 +179,10 @@ class SweepSchedule(Schedule):
         best: dict[str, float] = {}
         for name, mean in self._means(points, results).items():
             method = points[name]["method"]
-            best[method] = max(mean, best.get(method, 0.0))
+            best[method] = max(mean, best.get(method, mean))
+        sign = 1 if self.metric.higher_is_better else -1
         done, planned = len(results), self.sweep.num_runs
-        text = ", ".join(f"{method} {100 * mean:.1f}%" for method, mean in best.items()) or "training"
+        text = ", ".join(f"{method} {self.metric.written(sign * mean)}" for method, mean in best.items()) or "training"
         return Status(done, planned, text, is_finished=done == planned)
 
     def summary(self, board: Board) -> Row:
@@ -187,7 +191,7 @@ class SweepSchedule(Schedule):
         validation = [[results[key_of(name, seed, "validation")] for seed in seeds] for name in points]
         best = self._best(points, results)
         test = {m: [results[key_of(name, seed, "test")] for seed in seeds] for m, name in best.items()}
-        return summarize(list(points.values()), validation, test)
+        return summarize(list(points.values()), validation, test, self.metric)
 
 
 def key_of(name: str, seed: int, scored_on: str) -> str:

@@ -32,7 +32,7 @@ from gradreg.lab.sweep.plan import Sweep, from_plan
 from gradreg.lab.sweep.schedule import Schedule, Status, SweepSchedule
 from gradreg.lab.sweep.storage import Place
 from gradreg.lab.sweep.study import Study
-from gradreg.lab.tasks import Source, know, task_of
+from gradreg.lab.tasks import Source, know, metric_of
 
 STACKS = 4
 """That a worker takes at a time."""
@@ -96,8 +96,9 @@ def schedule_for(plan: Mapping[str, Any]) -> Schedule:
     """The order of the runs of a plan, as its study has it."""
     if plan.get("kind") == comparison.KIND:
         own = comparison.Plan.from_row(plan)
-        return ComparisonSchedule(own, task_of(own.base).metric)
-    return SweepSchedule(from_plan(plan))
+        return ComparisonSchedule(own, metric_of(own.base))
+    sweep = from_plan(plan)
+    return SweepSchedule(sweep, metric_of(sweep.base))
 
 
 def _batch_size(schedule: Schedule, worker: Worker) -> int:
