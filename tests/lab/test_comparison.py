@@ -330,10 +330,9 @@ def test_what_is_no_task_is_refused(given):
 
 def test_a_budget_decides_and_says_what_it_does_not_pay_for(monkeypatch):
     plan = Plan(RunConfig(data="digits", width=8, epochs=10), ("F-GR",))
-    took = {"seconds": 1.0}
 
     def run_(job):
-        return type("R", (), {"seconds": took["seconds"], "error": ""})()
+        return type("R", (), {"seconds": 1.0 * job.config.epochs, "error": ""})()
 
     monkeypatch.setattr(run, "run", run_)
     plenty = run.afforded(plan, 10 * 86400, 2)

@@ -55,17 +55,12 @@ def afforded(plan: Plan, seconds: float, workers: int) -> Afforded:
     Raises:
         BadInput: it does not pay for the least.
     """
-    base = plan.base
-    is_loop = isinstance(tasks.task_of(base), Loop)
-    probe = base if is_loop else replace(base, epochs=1)
-    took = run(Job(replace(probe, seed=plan.search_seeds[0]), "validation", 0))
-    if took.error:
-        raise BadInput(f"the task must run, and raised {took.error.strip().splitlines()[-1][:200]}.")
-    of_a_run = took.seconds * (1 if is_loop else base.epochs)
+    of_a_run = seconds_of_a_run(plan)
     passes = sum(PASSES.get(arm.name, PASSES.get(arm.method, 2.0)) * arm.epochs for arm in plan.arms)
 
     def needed(effort: Effort) -> float:
-        return effort.runs * passes * of_a_run / workers * 1.15  # the last runs leave workers idle
+        # The last runs leave workers idle, and test runs record their curves; workers take a while to start.
+        return effort.runs * passes * of_a_run / workers * 1.3 + 8
 
     fitting = [effort for effort in LADDER if needed(effort) <= seconds]
     if not fitting:
@@ -81,6 +76,31 @@ def afforded(plan: Plan, seconds: float, workers: int) -> Afforded:
         more = LADDER[LADDER.index(best) - 1]
         said[0] += f" Not afforded: {more.trials} and {more.seeds}, about {duration(needed(more))}."
     return Afforded(best, said)
+
+
+def seconds_of_a_run(plan: Plan) -> float:
+    """Of plain training, by one epoch and by three, after one that is not counted; of a user's loop by a whole run.
+
+    Raises:
+        BadInput: it raised something.
+    """
+
+    def took(epochs: int) -> float:
+        config = replace(plan.base, epochs=epochs, seed=plan.search_seeds[0])
+        found = run(Job(config, "validation", 0))
+        if found.error:
+            raise BadInput(f"the task must run, and raised {found.error.strip().splitlines()[-1][:200]}.")
+        return found.seconds
+
+    epochs = plan.base.epochs
+    if isinstance(tasks.task_of(plan.base), Loop):
+        return took(epochs)
+    first = took(1)
+    if first > 20 or epochs <= 3:
+        return first * epochs
+    one, three = took(1), took(3)
+    of_an_epoch = max((three - one) / 2, 0.1 * one)
+    return max(one - of_an_epoch, 0) + epochs * of_an_epoch
 
 
 def duration(seconds: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -20,8 +20,10 @@ from gradreg.lab.cost.measure import COMPARED
 from gradreg.lab.folder import BadInput, write_json
 from gradreg.lab.page import Block, Items, Page, made, plain, publish, tell
 from gradreg.lab.progress import progress_bar
+from gradreg.lab.rows import count
 from gradreg.lab.tables import Table
 from gradreg.lab.task import Task
+from gradreg.lab.words import ranged
 
 CHEAP = {"method": "F-GR", "gamma": 0.05, "epsilon": 0.5, "lookahead": 0.03, "fraction": 0.1}
 PERIOD = 3
@@ -81,10 +83,10 @@ def run_own(plan: Plan, folder: Callable[[], Path]) -> Row:
         "clock": "processor time" if costs.is_processor_time(device, plan.threads) else "wall-clock time",
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "rounds": rounds,
-        "batch_size": plan.config.batch_size,
+        "batch_size": count(next(iter(task.train.chunks(plan.config.batch_size, 0)))[0]),
         "parameters": sum(p.numel() for p in task.build(0).parameters()),
         "sgd_seconds": median(seconds["SGD"]),
-        "methods": _rows(seconds, refused),
+        "methods": _rows(seconds, _peaks(plan.config, task, device, seconds), refused),
     }
     results["seconds"] = round(time.perf_counter() - started, 1)
     write_json(place / "results.json", results)
@@ -127,7 +129,19 @@ def _rounds(steps: Mapping[str, costs.Step], clock: costs.Clock) -> int:
     return int(min(MOST_ROUNDS, max(LEAST_ROUNDS, SECONDS / (time.perf_counter() - started))))
 
 
-def _rows(seconds: Mapping[str, list[float]], refused: Mapping[str, str]) -> list[Row]:
+def _peaks(config: RunConfig, task: Task, device: torch.device, measured: Iterable[str]) -> dict[str, int]:
+    """Bytes, weights and optimizer included."""
+    model = task.build(0)
+    own = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    configs = _configs(config)
+    return {
+        name: own + costs.peak_bytes(lambda name=name: costs.make_step(configs[name], task, device), device)
+        for name in measured
+        if name != BETWEEN
+    }
+
+
+def _rows(seconds: Mapping[str, list[float]], peaks: Mapping[str, int], refused: Mapping[str, str]) -> list[Row]:
     rows: list[Row] = []
     for name in (*COMPARED, "cheap"):
         if name in refused:
@@ -136,7 +150,8 @@ def _rows(seconds: Mapping[str, list[float]], refused: Mapping[str, str]) -> lis
         took, plain_ = seconds[name], seconds["SGD"]
         if name == "cheap":
             took = [(a + (PERIOD - 1) * b) / PERIOD for a, b in zip(took, seconds[BETWEEN])]
-        rows.append({"name": name, "time": asdict(costs.median_ratio(took, plain_)), "refused": ""})
+        found = {"time": asdict(costs.median_ratio(took, plain_)), "memory_ratio": peaks[name] / peaks["SGD"]}
+        rows.append({"name": name, **found, "peak_bytes": peaks[name], "refused": ""})
     return rows
 
 
@@ -144,17 +159,20 @@ def _told(results: Row) -> list[Block]:
     rows = []
     for row in results["methods"]:
         time_ = row["time"]
-        cells = ("–", "") if time_ is None else (f"{time_['median']:.2f}", f"{time_['low']:.2f} to {time_['high']:.2f}")
+        cells = ("–", "–")
+        if time_ is not None:
+            cells = (ranged(time_, 2), f"{row['memory_ratio']:.2f}")
         rows.append((row["name"], *cells))
-    table = Table(f"Time of a step on {results['task']}, over SGD's", ("method", "ratio", "95% interval"), rows)
+    table = Table("", ("method", "time, over SGD's", "peak memory"), rows)
     load = f", load {results['load']:g} at the start" if results["load"] is not None else ""
     notes = [
         f"SGD: {1e3 * results['sgd_seconds']:.3g} ms a step, batches of {results['batch_size']}, "
         f"{results['parameters']:,} parameters; {results['device']}{load}.",
         f"Median over {results['rounds']} rounds of the ratio to the SGD step of the same round, in "
-        f"{results['clock']}, with its 95% interval by bootstrap. Reading of data is not counted.",
+        f"{results['clock']}, with its 95% interval by bootstrap. Reading of data is not counted. Memory: the "
+        "most that a step holds, weights and optimizer included.",
         "F-GR, B-GR and SAM are two gradients, the centered difference and double backpropagation about three; cheap "
         "has its penalty on a tenth of the batch in every third step.",
         *(f"{row['name']} was not measured: {row['refused']}." for row in results["methods"] if row["refused"]),
     ]
-    return [table, Items([plain(note) for note in notes])]
+    return [f"A step on {plain(results['task'])}, over that of SGD:", table, Items([plain(note) for note in notes])]
