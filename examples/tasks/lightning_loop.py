@@ -16,7 +16,8 @@ from gradreg.integrations.lightning import GradientRegularization
 from gradreg.lab import Loop, compare
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+for kind in (UserWarning, FutureWarning):
+    warnings.filterwarnings("ignore", category=kind, module="lightning")
 EPOCHS = 5
 
 
