@@ -10,11 +10,11 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from gradreg.lab.commands.config_options import with_fields
-from gradreg.lab.commands.options import LAST_SEED, Out, Workers, app, switch, whole
-from gradreg.lab.commands.task_argument import TaskWord, together
+from gradreg.lab.commands.options import LAST_SEED, Out, TaskWord, Workers, app, switch, whole
 from gradreg.lab.config import FIELDS, SETTINGS, from_mapping
 from gradreg.lab.folder import BadInput, new_folder
 from gradreg.lab.names import one_of
+from gradreg.lab.task_names import together
 
 OWN = (
     "file",

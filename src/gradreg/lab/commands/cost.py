@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from gradreg.lab.commands.options import LAST_SEED, MOST_WORKERS, Device, Out, app, nothing_in, switch, whole
-from gradreg.lab.commands.task_argument import TaskWord, together
+from gradreg.lab.commands.options import LAST_SEED, MOST_WORKERS, Device, Out, TaskWord, app, nothing_in, switch, whole
 from gradreg.lab.config import from_mapping
 from gradreg.lab.folder import BadInput, new_folder
 from gradreg.lab.names import meant, suggestion
+from gradreg.lab.task_names import together
 
 _MODELS = ("mlp", "resnet18", "wideresnet", "vit", "gpt")
 _MOST_DEPTH = 256

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 import gradreg
-from gradreg.lab.config import FIELDS, checked
+from gradreg.lab.config import DATA, FIELDS, checked
 from gradreg.lab.folder import BadInput
 
 app = App(
@@ -79,3 +79,7 @@ Write = Annotated[
 ]
 Workers = Annotated[int | None, whole("--workers", 1, MOST_WORKERS, "Processes, one thread each; by default 2")]
 Device = Annotated[str, Parameter(name="--device", converter=_device, help="auto, cpu or cuda.")]
+TaskWord = Annotated[
+    str | None,
+    Parameter(name="TASK", help="FILE.py (its function task), FILE.py:NAME, or a built-in task: " + ", ".join(DATA)),
+]

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from gradreg.lab.commands.options import LAST_SEED, Device, app, whole
-from gradreg.lab.commands.task_argument import fields_of
 from gradreg.lab.folder import BadInput
 from gradreg.lab.names import one_of
+from gradreg.lab.task_names import fields_of
 
 _PARTS = ("train", "validation", "test")
 

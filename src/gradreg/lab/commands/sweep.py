@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from gradreg.lab.commands.options import LAST_SEED, Out, Workers, app, whole
-from gradreg.lab.commands.task_argument import fields_of
 from gradreg.lab.folder import BadInput, new_folder
+from gradreg.lab.task_names import fields_of
 
 if TYPE_CHECKING:
     from gradreg.lab.sweep.plan import Sweep

@@ -14,11 +14,11 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from gradreg.lab.commands.config_options import with_fields
-from gradreg.lab.commands.options import Out, app, switch, whole
-from gradreg.lab.commands.task_argument import TaskWord, together
+from gradreg.lab.commands.options import Out, TaskWord, app, switch, whole
 from gradreg.lab.config import FIELDS, RunConfig, by_field, checked, from_mapping
 from gradreg.lab.folder import BadInput
 from gradreg.lab.names import one_of
+from gradreg.lab.task_names import together
 from gradreg.lab.trackers import TRACKERS
 
 

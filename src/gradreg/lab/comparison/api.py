@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradreg.lab import tasks
-from gradreg.lab.commands.task_argument import fields_of
 from gradreg.lab.comparison import report, run
 from gradreg.lab.comparison.folder import find
 from gradreg.lab.comparison.plan import DEFAULT_METHODS, DEFAULT_SEEDS, DEFAULT_TRIALS, Effort, Plan, checked_methods
@@ -23,6 +22,7 @@ from gradreg.lab.page import fragment, publish
 from gradreg.lab.player import default_workers
 from gradreg.lab.sweep.storage import Place
 from gradreg.lab.task import Loop, Task
+from gradreg.lab.task_names import fields_of
 
 if TYPE_CHECKING:
     import pandas
