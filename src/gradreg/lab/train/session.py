@@ -97,6 +97,7 @@ def start(plan: Plan, out: Path | None, group: Processes, show: Show) -> Row | N
                 "ran_in": os.getcwd(),
                 **({} if plan.config.file is None else {"task_sha256": tasks.digest_of(plan.config.file)}),
                 "config": asdict(plan.config),
+                "metric": trainer.task.metric.as_row(),
             }
             write_json(folder / "config.json", sealed(about))
             try:
