@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import pytest
 import yaml
 from lab_folders import ABOUT, EPSILONS, HOSTILE, RHOS
-from test_report_page import Reader, svg_texts
+from lab_pages import Reader, svg_texts
 
 from gradreg import cli
 from gradreg.lab import stats
@@ -36,6 +36,7 @@ def rmse(config, part="validation"):
     noise = random.Random(f"{config.seed}").gauss(0, 0.002) + random.Random(f"{config}{part}").gauss(0, 0.001)
     lift = {"SGD": 0.0, "F-GR": 0.1, "SAM": -0.05}[config.method]
     lift -= 0.02 * math.log((config.ratio or 0.3) / 0.3) ** 2 - 0.01 * math.log((config.epsilon or 1) / 1)
+    lift -= 0.01 * math.log((config.rho or 0.1) / 0.1) ** 2
     return 1.3 - lift + noise
 
 
@@ -148,7 +149,7 @@ def test_the_bright_end_of_the_colors_is_the_better_one():
     assert scale == Scale(0.8, 0.65)
     luminance = [sum(scale.color(mean)) for mean in (0.8, 0.72, 0.65)]
     assert luminance == sorted(luminance)
-    assert scale_of([90.0] + [0.5 + k / 64 for k in range(20)], 0.75, RMSE) == Scale(0.5 + 19 / 64, 0.5)
+    assert scale_of([90.0] + [0.5 + k / 64 for k in range(20)], 0.75, RMSE) == Scale(0.5 + 18 / 64, 0.5)
 
 
 def test_the_front_goes_down_where_lower_is_better():
@@ -274,7 +275,12 @@ MINE = """
                     test=(x[50:], y[50:]), loss=lambda model, batch: F.mse_loss(model(batch[0]), batch[1]),
                     score=rmse, higher_is_better=False, epochs=2, batch_size=10, learning_rate=0.05)
 """
-GRID = "grid:\n- {method: SGD, learning_rate: [0.01, 0.05]}\n- {method: F-GR, ratio: [0.1, 0.3], epsilon: [0.1, 1]}\nseeds: 2\n"
+GRID = """
+grid:
+- {method: SGD, learning_rate: [0.01, 0.05]}
+- {method: F-GR, ratio: [0.1, 0.3], epsilon: [0.1, 1]}
+seeds: 2
+"""
 
 
 @pytest.fixture

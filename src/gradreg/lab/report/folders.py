@@ -20,6 +20,9 @@ from gradreg.lab.metric import Metric
 from gradreg.lab.records import opened, read_record
 from gradreg.lab.report.studies import TASK, Row, Run, Source, Study, number, share, text
 
+_TOO_LARGE = 1e100
+"""A score whose square is no number any more counts as none."""
+
 
 def read(folder: Path) -> list[Study]:
     """The studies of a sweep folder, of a train folder, or of the folders in a folder.
@@ -115,7 +118,10 @@ def _score(row: Mapping[str, Any], part: str, metric: Metric, missing: float = m
     value = next((value for value in named if value is not None), None)
     if value is None:
         return missing
-    return share(value) if metric.is_share else number(value)
+    if metric.is_share:
+        return share(value)
+    found = number(value)
+    return found if abs(found) < _TOO_LARGE else missing
 
 
 def _sweep_runs(lines: Sequence[Row], metric: Metric) -> list[Run]:
