@@ -179,6 +179,8 @@ def test_train_runs_have_curves_of_the_score_and_metrics_are_not_mixed(tmp_path)
     assert re.search(r"Ends lowest with SGD \(1\.\d+\), highest with SAM \(1\.\d+\)", html)
     assert "%" not in told(html)
     assert "accuracy" not in told(html).lower()
+    (tmp_path / "a3" / "results.json").unlink()  # one that has not ended is of the same study
+    assert [math.isnan(run.validation) for run in read(tmp_path)[0].runs] == [False, False, False, True]
     train_of(tmp_path / "b", OWN, AUC)
     train_of(tmp_path / "c", replace(OWN, file="mine.py:other"))
     assert [(s.metric.name, s.task["file"], len(s.runs)) for s in read(tmp_path)] == [
@@ -231,7 +233,7 @@ def test_what_is_copied_names_the_file_and_no_data():
     config = replace(OWN, method="F-GR", ratio=0.3, epsilon=1.0)
     text = as_yaml(config)
     assert text.startswith(
-        "# The file is named on the command line: gradreg train mine.py --config best.yaml\nfile: mine.py:task\n"
+        "# The file is named on the command line:\n# gradreg train mine.py --config best.yaml\nfile: mine.py:task\n"
     )
     assert from_mapping(yaml.safe_load(text)) == config
     assert not {"data", "model", "augment", "random_labels"} & yaml.safe_load(text).keys()

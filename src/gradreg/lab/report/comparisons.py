@@ -49,7 +49,9 @@ def _record(path: Path) -> tuple[dict[str, Any], str]:
 
 def _again(folder: Path, about: Mapping[str, Any]) -> str:
     """A file is named as the command did that began."""
-    task, command = str(about.get("task")), str(about.get("command"))
-    words = shlex.split(command)[2:3] if ".py:" in task and command.count("'") % 2 == 0 else []
+    try:
+        words = shlex.split(str(about.get("command")))[2:3] if ".py:" in str(about.get("task")) else []
+    except ValueError:  # a quotation mark without its other
+        words = []
     line = shlex.join(["gradreg", "compare", *words, "--resume", str(folder)])
     return line if line.isprintable() else shown(line)

@@ -34,7 +34,7 @@ def as_yaml(config: RunConfig) -> str:
 
     without = () if config.file is None else BUILT_IN
     given = {name: value for name, value in asdict(config).items() if value is not None and name not in without}
-    told = "" if config.file is None else f"# The file is named on the command line: {train_command(config)}\n"
+    told = "" if config.file is None else f"# The file is named on the command line:\n# {train_command(config)}\n"
     return told + yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=1000)
 
 

@@ -188,7 +188,7 @@ def cost_sentence(offers: Sequence[Offer], metric: Metric) -> str:
     said = "On the front: " + ", ".join(f"{o.method} ({o.cost:.2f}×, {metric.written(o.mean)})" for o in best) + "."
     if rest:
         verb = "is" if len(rest) == 1 else "are"
-        much = "much" if metric.higher_is_better else "little"
+        much = "much" if metric.higher_is_better else "low"
         said += f" {listed(rest)} {verb} not: another method reaches as {much} for no more."
     way = "up" if metric.higher_is_better else "down"
     return said + f" The front goes by the means; whether a step {way} is more than chance, the verdicts above say."
