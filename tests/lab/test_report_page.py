@@ -4,13 +4,12 @@ import re
 from base64 import b64encode
 from dataclasses import asdict, replace
 from hashlib import sha256
-from html.parser import HTMLParser
-from xml.etree import ElementTree
 
 import pytest
 import torch
 import yaml
 from lab_folders import BASE, COSTS, EPSILONS, GAMMAS, HOSTILE, hostile_folder, sweep_folder, train_folder
+from lab_pages import Reader, svg_texts
 
 from gradreg import cli
 from gradreg.lab import stats
@@ -45,29 +44,6 @@ def study(folder):
 @pytest.fixture(scope="module")
 def html(folder):
     return page(folder)
-
-
-class Reader(HTMLParser):
-    """Every tag with its attributes, and the text outside of scripts and styles."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.text, self.open, self.scripts = [], "", [], []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        while self.open and self.open.pop() != tag:
-            pass
-
-    def handle_data(self, data):
-        if "script" in self.open[-1:]:
-            self.scripts.append(data)
-        elif "style" not in self.open[-1:]:
-            self.text += data
 
 
 def lines(folder):
@@ -255,10 +231,6 @@ def test_where_more_varied_a_cell_is_the_best(folder, tmp_path):
     grid, same = grid_of(reread(folder, rows, tmp_path), "F-GR"), grid_of(read(folder)[0], "F-GR")
     assert {at: cell.mean for at, cell in grid.cells.items()} == {at: cell.mean for at, cell in same.cells.items()}
     assert "Where learning rate varied as well" in page(tmp_path)
-
-
-def svg_texts(svg):
-    return [node.text for node in ElementTree.fromstring(svg).iter() if node.tag.endswith("}text")]
 
 
 def test_the_figures_hold_the_numbers_and_no_image():

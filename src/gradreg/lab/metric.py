@@ -35,6 +35,11 @@ class Metric:
         return "%" if self.is_share else ""
 
     @property
+    def scale(self) -> float:
+        """From a number to what is shown."""
+        return 100 if self.is_share else 1
+
+    @property
     def gap_unit(self) -> str:
         return "points" if self.is_share else self.name
 
@@ -57,7 +62,8 @@ class Metric:
         return stats.verdict(difference, stats.one_row(counts) if self.is_share else 0.0)
 
     def shown(self, value: float, digits: int = 1) -> str:
-        return f"{100 * value:.{digits}f}" if self.is_share else f"{value:#.3g}".rstrip(".")
+        text = f"{100 * value:.{digits}f}" if self.is_share else f"{value + 0.0:#.3g}".rstrip(".")
+        return text.replace("-", "−")
 
     def written(self, value: float) -> str:
         """With its unit."""

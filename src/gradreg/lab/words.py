@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from gradreg.lab import stats
-from gradreg.lab.metric import Metric
+from gradreg.lab.metric import ACCURACY, Metric
 
 Row = Mapping[str, Any]
 SYMBOLS = {"gamma": "γ", "epsilon": "ε", "rho": "ρ", "level": "b", "lookahead": "ρ", "average": "last"}
@@ -87,23 +87,20 @@ def settings(row: Row) -> str:
     return ", ".join(f"{SYMBOLS.get(key, key)} {value:g}" for key, value in row["settings"].items())
 
 
-def sentence(rows: Sequence[Row]) -> str:
+def sentence(rows: Sequence[Row], metric: Metric = ACCURACY) -> str:
     """What the verdicts say, in words; the first row is SGD."""
-    sgd = rows[0]["accuracy"]["mean"]
+    sgd = metric.written(rows[0][metric.key]["mean"])
     parts = []
     for verdict, words in ((stats.BETTER, "better than SGD"), (stats.WORSE, "worse than SGD")):
-        names = [
-            f"{r['name']} ({number(100 * r['difference']['mean'], 1, '+')})"
-            for r in rows[1:]
-            if r["verdict"] == verdict
-        ]
+        names = [f"{r['name']} ({metric.gap(r['difference']['mean'])})" for r in rows[1:] if r["verdict"] == verdict]
         parts += [f"{words}: {', '.join(names)}"] if names else []
     if not parts:
-        return f"No method is shown to differ from SGD ({100 * sgd:.1f}%)."
+        return f"No method is shown to differ from SGD ({sgd})."
     rest = [r["name"] for r in rows[1:] if r["verdict"] == stats.UNDECIDED]
     parts += [f"no difference shown: {', '.join(rest)}"] if rest else []
     text = "; ".join(parts)
-    return f"{text[0].upper()}{text[1:]} (points over {100 * sgd:.1f}%)."
+    over = f"{metric.gap_unit} over" if metric.is_share else f"{metric.name} minus SGD's"
+    return f"{text[0].upper()}{text[1:]} ({over} {sgd})."
 
 
 def listed(names: Sequence[str]) -> str:
@@ -114,25 +111,24 @@ def plural(count: int) -> str:
     return "" if count == 1 else "s"
 
 
-def score(interval: Row | None, metric: Metric) -> str:
-    """`77.3 ± 0.8%`, in the unit of the score."""
+def score(interval: Any, metric: Metric) -> str:
+    """`77.3 ± 0.8%`, in the unit of the score; the mean alone where there is no interval."""
     if interval is None:
         return "–"
-    half = (interval["high"] - interval["low"]) / 2
     if metric.is_share:
-        return f"{metric.shown(interval['mean'])} ± {100 * half:.1f}{metric.unit}"
-    digits = _digits(half)
-    return f"{interval['mean']:.{digits}f} ± {half:.{digits}f}"
+        return percent(interval) + metric.unit
+    row = interval if isinstance(interval, Mapping) else asdict(interval)
+    half = (row["high"] - row["low"]) / 2
+    return metric.shown(row["mean"]) if math.isnan(half) else plus_minus(row, _digits(half))
 
 
-def gap(difference: Row | None, metric: Metric) -> str:
+def gap(difference: Any, metric: Metric) -> str:
     """`−0.011 (−0.015 to −0.007)`; in points of a share; empty where there is none."""
-    if difference is None:
-        return ""
-    ends = tuple(difference[key] for key in ("mean", "low", "high"))
-    digits, scale = (1, 100) if metric.is_share else (_digits((ends[2] - ends[1]) / 2), 1)
-    mean_, low, high = (f"{scale * end + 0.0:+.{digits}f}" for end in ends)
-    return f"{mean_} ({low} to {high})".replace("-", "−")
+    if difference is None or metric.is_share:
+        return points(difference)
+    row = difference if isinstance(difference, Mapping) else asdict(difference)
+    half = (row["high"] - row["low"]) / 2
+    return metric.gap(row["mean"]) if math.isnan(half) else ranged(row, _digits(half), "+")
 
 
 def _digits(half: float) -> int:

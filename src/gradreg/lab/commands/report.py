@@ -15,7 +15,8 @@ from gradreg.lab.folder import BadInput, shown, write_text
 @app.command
 def report(
     folder: Annotated[
-        Path, Parameter(name="DIR", help="Folder of a sweep or of a train run, or one that holds several of these.")
+        Path,
+        Parameter(name="DIR", help="Folder of a sweep, a train run or a comparison, or of several sweeps and runs."),
     ],
     /,
     *,
@@ -25,8 +26,8 @@ def report(
 ) -> None:
     """Make one HTML page of a sweep or of train runs: maps, curves, costs, every run, and the best one to copy.
 
-    The page stands alone: it loads nothing and needs no server. A page of an earlier report is replaced; nothing else
-    is.
+    The page of a comparison is written anew. A page stands alone: it loads nothing and needs no server. That of an
+    earlier report is replaced; nothing else is.
     """
     from gradreg.lab.report.page import is_ours, page
 
@@ -38,7 +39,7 @@ def report(
     if out is not None and not os.path.isdir(target.parent):
         raise BadInput(f"--out must lie in a folder that exists, got {shown(target)}.")
     html = page(folder)
-    if os.path.lexists(target) and not is_ours(target):
+    if os.path.lexists(target) and not is_ours(target, html):
         raise BadInput(
             f"--out must be a new file, got {shown(target)}, which gradreg report did not make; pass another --out."
         )

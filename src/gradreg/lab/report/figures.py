@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from gradreg.lab.methods import METHODS
+from gradreg.lab.metric import ACCURACY, Metric
 from gradreg.lab.page import inline
 from gradreg.lab.report.plots import (
     Cell,
@@ -25,17 +26,11 @@ from gradreg.lab.report.plots import (
     scatter_map,
 )
 from gradreg.lab.report.studies import Point, Run, Study, number, text
-from gradreg.lab.report.text import Comparison, cost_sentence, curve_sentence, heat_sentence, words
+from gradreg.lab.report.text import Comparison, cost_sentence, curve_sentence, heat_sentence, short, words
 
-_MEASURED = {
-    "train_loss": "Training loss",
-    "grad_norm": "‖∇L‖ on training rows",
-    "validation_accuracy": "Validation accuracy, %",
-}
-
-
+_LOGARITHMIC = {"train_loss": "Training loss", "grad_norm": "‖∇L‖ on training rows"}
 _READING = {
-    False: "A cell is the mean over seeds, in percent; the best of each method is framed, a dashed cell was not run, "
+    False: "A cell is the mean over seeds, {scored}; the best of each method is framed, a dashed cell was not run, "
     "and div. counts runs that diverged.",
     True: "Where nearly every point has settings of its own, each is a dot in the color of its mean; the best of each "
     "method is ringed, a cross has runs that diverged.",
@@ -65,30 +60,41 @@ class Maps:
 def heat_maps(study: Study, prefix: str) -> Maps | None:
     """One for each method whose settings were varied."""
     grids = [grid for method in study.methods if (grid := grid_of(study, method)) and len(grid.cells) > 1]
+    metric = study.metric
     sgd = study.best["SGD"].validation if "SGD" in study.best else None
     means = [cell.mean for grid in grids for cell in grid.cells.values() if math.isfinite(cell.mean)]
     if not means:
         return None
-    scale = scale_of(means, sgd.mean if sgd else max(means))
+    scale = scale_of(means, sgd.mean if sgd else max(means, key=metric.worth), metric)
     drawings = []
     for k, grid in enumerate(grids):
         draw = scatter_map if grid.is_sparse else heat_map
         svg = inline(f"{prefix}-map{k}", draw(grid, scale))
         drawings.append(Drawing(grid.method, svg, heat_sentence(grid, sgd.mean if sgd else None)))
-    bar = inline(f"{prefix}-bar", color_bar(scale, sgd.mean if sgd else None))
+    bar = inline(f"{prefix}-bar", color_bar(scale, sgd.mean if sgd else None, metric))
     kinds = {grid.is_sparse for grid in grids}
-    reading = " ".join(said for is_sparse, said in _READING.items() if is_sparse in kinds)
-    return Maps(drawings, bar, f"{100 * scale.low:.1f}% or less" if scale.low > min(means) else "", reading)
+    scored = "in percent" if metric.is_share else f"{_way(metric)}, brighter too"
+    reading = " ".join(said.format(scored=scored) for is_sparse, said in _READING.items() if is_sparse in kinds)
+    beyond = any(metric.worth(mean) < metric.worth(scale.low) for mean in means)
+    floor = f"{metric.written(scale.low)} or {'less' if metric.higher_is_better else 'more'}" if beyond else ""
+    return Maps(drawings, bar, floor, reading)
 
 
-def scale_of(means: Sequence[float], sgd: float) -> Scale:
-    """From the lowest to the highest, SGD among them; where a tenth or less lies far below the others, as what diverged
-    does, from the lowest of the others.
+def _way(metric: Metric) -> str:
+    return f"{'higher' if metric.higher_is_better else 'lower'} is better"
+
+
+def scale_of(means: Sequence[float], sgd: float, metric: Metric = ACCURACY) -> Scale:
+    """From the worst to the best, SGD among them; where a tenth or less lies far behind the others, as what diverged
+    does, from the worst of the others.
 
     Example:
         >>> scale_of([0.125, 0.7, 0.71, 0.72, 0.73, 0.74, 0.75, 0.76, 0.77, 0.78], sgd=0.72)
         Scale(low=0.7, high=0.78)
     """
+    if not metric.higher_is_better:
+        opposite = scale_of([-mean for mean in means], -sgd)
+        return Scale(-opposite.low, -opposite.high)
     ordered = sorted(means)
     high = max(ordered[-1], sgd)
     others = min(ordered[len(ordered) // 10], sgd)
@@ -97,23 +103,33 @@ def scale_of(means: Sequence[float], sgd: float) -> Scale:
 
 def grid_of(study: Study, method: str) -> Grid | None:
     """The heat map of a method: each cell the best mean over whatever else varies; None without settings."""
-    needs = METHODS[method].needs if method in METHODS else ()
+    needs = _mapped(study, method)
     if not needs:
         return None
     row_name, column_name = (needs[0], needs[1]) if len(needs) == 2 else ("", needs[0])
-    alike = [m for m in study.methods if m in METHODS and METHODS[m].needs == needs]
+    alike = [m for m in study.methods if _mapped(study, m) == needs]
     rows, columns = _values(study, alike, row_name), _values(study, alike, column_name)
     found: dict[tuple[int, int], Point] = {}
     for point in study.points:
         row, column = (text(number(point.config.get(name))) if name else "" for name in (row_name, column_name))
         if point.method == method and row in rows and column in columns:
             place = (rows.index(row), columns.index(column))
-            if place not in found or _validated(point) > _validated(found[place]):
+            if place not in found or _validated(study, point) > _validated(study, found[place]):
                 found[place] = point
     cells = {at: Cell(_mean(point), point.num_diverged) for at, point in found.items()}
     scored = [at for at, cell in cells.items() if math.isfinite(cell.mean)]
-    best = max(scored, key=lambda at: cells[at].mean) if scored else None
-    return Grid(method, words(row_name), words(column_name), rows, columns, cells, best)
+    best = max(scored, key=lambda at: study.metric.worth(cells[at].mean)) if scored else None
+    return Grid(method, words(row_name), words(column_name), rows, columns, cells, best, study.metric)
+
+
+def _mapped(study: Study, method: str) -> tuple[str, ...]:
+    """The settings of its map: those that it needs, with the ratio in the place of γ where γ followed it."""
+    if method not in METHODS:
+        return ()
+    mine = [point.config for point in study.points if point.method == method]
+    given = {name: sum(config.get(name) is not None for config in mine) for name in ("gamma", "ratio")}
+    follows = METHODS[method].follows_ratio and given["ratio"] > given["gamma"]
+    return tuple("ratio" if follows and name == "gamma" else name for name in METHODS[method].needs)
 
 
 def _values(study: Study, methods: Sequence[str], name: str) -> list[str]:
@@ -137,30 +153,32 @@ def _mean(point: Point) -> float:
     return point.validation.mean if point.validation else math.nan
 
 
-def _validated(point: Point) -> float:
-    return point.validation.mean if point.validation else -math.inf
+def _validated(study: Study, point: Point) -> float:
+    return study.metric.worth(_mean(point))
 
 
 def curve_figures(study: Study, prefix: str) -> list[Drawing]:
-    """Training loss, ‖∇L‖ and validation accuracy of the best point of each method, as far as they were recorded."""
-    drawings = []
-    for name, title in _MEASURED.items():
-        lines = [line for method, point in study.best.items() if (line := line_of(method, point, name))]
+    """Training loss, ‖∇L‖ and the validation score of the best point of each method, as far as they were recorded."""
+    drawings, metric = [], study.metric
+    score, unit = f"validation_{metric.key}", f", {metric.unit}" if metric.unit else ""
+    for name, title in {**_LOGARITHMIC, score: f"Validation {metric.name}{unit}"}.items():
+        lines = [line for method, point in study.best.items() if (line := line_of(method, point, name, metric))]
         if any(len(line.steps) > 1 for line in lines):
-            is_log = name != "validation_accuracy"
-            svg = inline(f"{prefix}-{name.replace('_', '-')}", curves(lines, is_log))
-            ends = {line.method: line.intervals[-1]["mean"] / (1 if is_log else 100) for line in lines}
-            drawings.append(Drawing(title, svg, curve_sentence(name, ends)))
+            svg = inline(f"{prefix}-{name.replace('_', '-')}", curves(lines, name in _LOGARITHMIC, metric))
+            scale = metric.scale if name == score else 1
+            ends = {line.method: line.intervals[-1]["mean"] / scale for line in lines}
+            drawings.append(Drawing(title, svg, curve_sentence(ends, metric.written if name == score else short)))
     return drawings
 
 
-def line_of(method: str, point: Point, name: str) -> Line | None:
+def line_of(method: str, point: Point, name: str, metric: Metric = ACCURACY) -> Line | None:
     """Mean, smallest and largest over the runs that did not diverge, at the steps that all of them recorded.
 
     The mean is geometric for what is drawn on a logarithmic axis.
     """
-    is_log = name != "validation_accuracy"
-    tables = [table for run in _recorded(point) if (table := _at_steps(run, name, is_log))]
+    is_log = name in _LOGARITHMIC
+    scale = 1 if is_log else metric.scale
+    tables = [table for run in _recorded(point) if (table := _at_steps(run, name, scale, is_log))]
     steps = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
     if not steps:
         return None
@@ -180,8 +198,7 @@ def _recorded(point: Point) -> list[Run]:
     return [run for run in runs if len(run.curve) == longest]
 
 
-def _at_steps(run: Run, name: str, is_log: bool) -> dict[float, float]:
-    scale = 1 if is_log else 100
+def _at_steps(run: Run, name: str, scale: float, is_log: bool) -> dict[float, float]:
     values = {moment["step"]: scale * moment[name] for moment in run.curve if math.isfinite(moment[name])}
     return {step: value for step, value in values.items() if value > 0} if is_log else values
 
@@ -204,15 +221,16 @@ def costs_of(study: Study) -> tuple[dict[str, float], str]:
     return {}, ""
 
 
-def cost_drawing(rows: Sequence[Comparison], prefix: str) -> Drawing | None:
-    """Accuracy of each method's best point on test rows, or on validation rows where no test rows were read."""
+def cost_drawing(rows: Sequence[Comparison], prefix: str, metric: Metric) -> Drawing | None:
+    """The score of each method's best point on test rows, or on validation rows where no test rows were read."""
     part = "test" if any(row.point.test for row in rows) else "validation"
     offers = []
     for row in rows:
         found = row.point.test if part == "test" else row.point.validation
         if found and row.cost > 0:
-            offers.append(Offer(row.method, row.cost, *(100 * v for v in (found.mean, found.low, found.high))))
+            offers.append(Offer(row.method, row.cost, found.mean, found.low, found.high))
     if not offers:
         return None
-    svg = inline(f"{prefix}-cost", cost_figure(offers, f"{part} accuracy (%)"))
-    return Drawing(f"{part} accuracy", svg, cost_sentence(offers))
+    unit = f" ({metric.unit})" if metric.unit else f", {_way(metric)}"
+    svg = inline(f"{prefix}-cost", cost_figure(offers, f"{part} {metric.name}{unit}", metric))
+    return Drawing(f"{part} {metric.name}", svg, cost_sentence(offers, metric))

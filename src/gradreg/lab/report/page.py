@@ -20,13 +20,15 @@ from gradreg.lab.config import SETTINGS
 from gradreg.lab.figures import look
 from gradreg.lab.folder import BadInput
 from gradreg.lab.methods import METHODS
+from gradreg.lab.metric import Metric
 from gradreg.lab.page import render, source
+from gradreg.lab.report.comparisons import MADE_BY, comparison
 from gradreg.lab.report.figures import cost_drawing, costs_of, curve_figures, heat_maps
 from gradreg.lab.report.folders import read
-from gradreg.lab.report.snippets import as_python, as_yaml, configuration
-from gradreg.lab.report.studies import Point, Run, Source, Study, height, number, text
-from gradreg.lab.report.text import compare, findings, headline, settings, short, task_words, words
-from gradreg.lab.words import listed, percent, plural, points
+from gradreg.lab.report.snippets import as_python, as_yaml, configuration, train_command
+from gradreg.lab.report.studies import Point, Run, Source, Study, number, text
+from gradreg.lab.report.text import compare, findings, headline, in_column, settings, short, shown, task_words, words
+from gradreg.lab.words import gap, listed, plural
 
 GENERATOR = "gradreg report"
 MOST_POINTS, MOST_RUNS = 2_000, 2_000
@@ -56,12 +58,14 @@ def page(folder: Path) -> str:
     """The page for a folder.
 
     Raises:
-        BadInput: as `read`.
+        BadInput: as `comparison` and `read`.
     """
+    if (compared := comparison(folder)) is not None:
+        return compared
     sections = [_section(study, f"s{k}") for k, study in enumerate(read(folder), 1)]
     script = re.sub(r"\s*</?script>\s*", "\n", source("gradreg.lab.report", "script.html"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    filters = {"percent": percent, "points": points, "short": short, "words": words}
+    filters = {"shown": shown, "gap": gap, "in_column": in_column}
     return render(
         "gradreg.lab.report",
         "page.html",
@@ -79,11 +83,13 @@ def page(folder: Path) -> str:
     )
 
 
-def is_ours(path: Path) -> bool:
-    """Whether an earlier `gradreg report` wrote this file."""
+def is_ours(path: Path, html: str) -> bool:
+    """Whether an earlier `gradreg report` wrote this file, or, where `html` is that of a comparison, its command."""
+    marks = [f'<meta name="generator" content="{name}">' for name in (GENERATOR, MADE_BY)]
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
-            return f'<meta name="generator" content="{GENERATOR}">' in file.read(2_000)
+            head = file.read(2_000)
+        return marks[0] in head or (marks[1] in head and marks[1] in html[:2_000])
     except OSError:
         return False
 
@@ -93,10 +99,10 @@ def _section(study: Study, prefix: str) -> dict[str, Any]:
     costs, how_cost = costs_of(study)
     rows = compare(study, costs)
     columns, entries, left_out = _table(study)
-    yaml, python, refused = "", "", ""
+    yaml, python, trained, refused = "", "", "", ""
     try:
         config = configuration(study.winner)
-        yaml, python = as_yaml(config), as_python(config)
+        yaml, python, trained = as_yaml(config), as_python(config), train_command(config)
     except BadInput as error:
         refused = text(str(error))
     return {
@@ -109,7 +115,7 @@ def _section(study: Study, prefix: str) -> dict[str, Any]:
         "rest": _rest(study),  # what varied besides the settings of the methods with a map
         "maps": heat_maps(study, prefix),
         "curves": curve_figures(study, prefix),
-        "cost": cost_drawing(rows, prefix),
+        "cost": cost_drawing(rows, prefix, study.metric),
         "how_cost": how_cost,
         "columns": columns,
         "entries": entries,
@@ -118,6 +124,7 @@ def _section(study: Study, prefix: str) -> dict[str, Any]:
         "best": study.winner,
         "yaml": yaml,
         "python": python,
+        "train": trained,
         "refused": refused,
         "about": [_about(source) for source in study.sources[:_MOST_SOURCES]],
         "notes": [f"{text(source.name)}: {text(note)}" for source in study.sources for note in source.notes],
@@ -133,26 +140,29 @@ def _rest(study: Study) -> str:
 
 def _summary(study: Study) -> str:
     """What the table holds."""
-    count = len(study.points)
+    count, metric = len(study.points), study.metric
+    first = "highest" if metric.higher_is_better else "lowest"
     means = [point.validation.mean for point in study.points if point.validation]
-    said = f"{count} point{plural(count)} in {len(study.runs)} run{plural(len(study.runs))}, the highest "
+    said = f"{count} point{plural(count)} in {len(study.runs)} run{plural(len(study.runs))}, the {first} "
     said += "first; a point is the runs that differ in their seed alone, and opens to show them."
     if means:
-        said += f" Validation accuracy goes from {100 * min(means):.1f}% to {100 * max(means):.1f}%."
+        ends = metric.written(min(means)), metric.written(max(means))
+        said += f" Validation {metric.name} goes from {ends[0]} to {ends[1]}."
     diverged = sum(point.num_diverged > 0 for point in study.points)
     return said + (f" In {diverged} point{plural(diverged)} some run diverged." if diverged else "")
 
 
 def _table(study: Study) -> tuple[list[str], list[Entry], str]:
     has_test = any(point.test for point in study.points)
-    columns = ["validation, %", *(["test, %"] if has_test else []), *(words(name) for name in study.columns)]
+    parts = ("validation", "test") if has_test else ("validation",)
+    columns = [*(in_column(part, study.metric) for part in parts), *(words(name) for name in study.columns)]
     columns += ["train loss", "‖∇L‖", "seeds", "diverged", "seconds"]
-    ordered = sorted(study.points, key=lambda point: -height(point))
+    ordered = sorted(study.points, key=lambda point: -study.worth(point))
     entries, budget = [], MOST_RUNS
     for point in ordered[:MOST_POINTS]:
         runs = sorted(point.runs, key=lambda run: json.dumps(run.seed))[:budget]
         budget -= len(runs)
-        entries.append(Entry(point.method, _cells(study, point, has_test), [_line(run) for run in runs]))
+        entries.append(Entry(point.method, _cells(study, point, has_test), [_line(run, study.metric) for run in runs]))
     left = len(ordered) - len(entries), len(study.runs) - (MOST_RUNS - budget)
     said = f"{left[0]} points and {left[1]} runs more are in the files of the folder." if any(left) else ""
     return columns, entries, said
@@ -162,7 +172,7 @@ def _cells(study: Study, point: Point, has_test: bool) -> list[Cell]:
     scores = (point.validation, point.test) if has_test else (point.validation,)
     loss, norm, seconds = (point.mean(name) for name in ("train_loss", "grad_norm", "seconds"))
     return [
-        *(_cell(found.mean if found else None, percent(found)) for found in scores),
+        *(_cell(found.mean if found else None, shown(found, study.metric)) for found in scores),
         *(_cell(point.config.get(name), text(point.config.get(name))) for name in study.columns),
         _cell(loss, short(loss)),
         _cell(norm, short(norm)),
@@ -172,16 +182,16 @@ def _cells(study: Study, point: Point, has_test: bool) -> list[Cell]:
     ]
 
 
-def _cell(value: Any, shown: str | None = None) -> Cell:
+def _cell(value: Any, written: str | None = None) -> Cell:
     found = number(value)
-    return Cell(str(value) if shown is None else shown, float(f"{found:.6g}") if math.isfinite(found) else None)
+    return Cell(str(value) if written is None else written, float(f"{found:.6g}") if math.isfinite(found) else None)
 
 
-def _line(run: Run) -> str:
+def _line(run: Run, metric: Metric) -> str:
     """A single run in a line."""
     parts = [f"seed {text(run.seed)}" if run.seed is not None else "no seed"]
     for name, value in (("validation", run.validation), ("test", run.test)):
-        parts += [f"{name} {100 * value:.1f}%"] if math.isfinite(value) else []
+        parts += [f"{name} {metric.written(value)}"] if math.isfinite(value) else []
     parts += [f"loss {short(run.train_loss)}"] if math.isfinite(run.train_loss) else []
     parts += [f"‖∇L‖ {short(run.grad_norm)}"] if math.isfinite(run.grad_norm) else []
     parts += [f"{run.seconds:.1f} s"] if math.isfinite(run.seconds) else []
@@ -190,10 +200,10 @@ def _line(run: Run) -> str:
 
 def _about(source: Source) -> tuple[str, list[tuple[str, str]]]:
     """Where the numbers of a folder come from."""
-    shown = [(name, _flat(source.about[name])) for name in _ABOUT if source.about.get(name) not in (None, "", [], {})]
+    said = [(name, _flat(source.about[name])) for name in _ABOUT if source.about.get(name) not in (None, "", [], {})]
     if source.kind == "train" and source.runs:
-        shown.append(("seed", text(source.runs[0].seed)))
-    return text(source.name), shown
+        said.append(("seed", text(source.runs[0].seed)))
+    return text(source.name), said
 
 
 def _flat(value: Any) -> str:

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from gradreg.lab.figures import FAINT, INK, LOOKS, as_svg, band, logarithmic, look
 from gradreg.lab.labels import settle, write_names
+from gradreg.lab.metric import ACCURACY, Metric
 
 MAP = colormaps["viridis"]
 _SHADES = 48  # of the color bar, drawn as rectangles: an image in the SVG would be a resource to load
@@ -31,7 +32,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Accuracy of a method over its settings: γ upward, ε to the right; a method with one setting has one row."""
+    """The score of a method over its settings: γ upward, ε to the right; a method with one setting has one row."""
 
     method: str
     row_label: str
@@ -40,6 +41,7 @@ class Grid:
     columns: Sequence[str]
     cells: Mapping[tuple[int, int], Cell]
     best: tuple[int, int] | None
+    metric: Metric = ACCURACY
 
     @property
     def is_sparse(self) -> bool:
@@ -49,7 +51,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Scale:
-    """The range of the colors; what lies below is drawn like `low`."""
+    """The range of the colors, from the worst to the best; what is worse than `low` is drawn like it."""
 
     low: float
     high: float
@@ -62,9 +64,9 @@ class Scale:
 
 @as_svg
 def heat_map(grid: Grid, scale: Scale) -> Figure:
-    """Mean accuracy in percent in every cell; a dashed cell was not run, the framed one is the best."""
+    """The mean score in every cell; a dashed cell was not run, the framed one is the best."""
     width, height = (n * inch for n, inch in zip((len(grid.columns), len(grid.rows)), _PER_CELL))
-    left, bottom = (0.75 if grid.row_label else 0.1), 0.5
+    left, bottom = (0.69 + 0.06 * len(grid.row_label) if grid.row_label else 0.1), 0.5
     figure = Figure(figsize=(left + width + 0.06, bottom + height + 0.06))
     full_width, full_height = figure.get_size_inches()
     axes = figure.add_axes(
@@ -74,7 +76,7 @@ def heat_map(grid: Grid, scale: Scale) -> Figure:
     )
     for row in range(len(grid.rows)):
         for column in range(len(grid.columns)):
-            _draw_cell(axes, row, column, grid.cells.get((row, column)), scale, (row, column) == grid.best)
+            _draw_cell(axes, row, column, scale, grid)
     axes.set_xticks([k + 0.5 for k in range(len(grid.columns))], grid.columns)
     axes.set_yticks([k + 0.5 for k in range(len(grid.rows))], grid.rows)
     axes.tick_params(length=0)
@@ -84,7 +86,8 @@ def heat_map(grid: Grid, scale: Scale) -> Figure:
     return figure
 
 
-def _draw_cell(axes: Any, row: int, column: int, cell: Cell | None, scale: Scale, is_best: bool) -> None:
+def _draw_cell(axes: Any, row: int, column: int, scale: Scale, grid: Grid) -> None:
+    cell, is_best = grid.cells.get((row, column)), (row, column) == grid.best
     middle = {"ha": "center", "va": "center"}
     if cell is None or not math.isfinite(cell.mean):
         frame = {"facecolor": "none", "edgecolor": FAINT, "linestyle": (0, (2, 2)), "linewidth": 0.8}
@@ -100,8 +103,8 @@ def _draw_cell(axes: Any, row: int, column: int, cell: Cell | None, scale: Scale
         frame = {"facecolor": "none", "edgecolor": INK, "linewidth": 2.4, "clip_on": False, "zorder": 3}
         axes.add_patch(Rectangle((column, row), 1, 1, **frame))
     weight = "bold" if is_best else "normal"
-    up = 0.13 if cell.num_diverged else 0.0
-    axes.text(column + 0.5, row + 0.5 + up, f"{100 * cell.mean:.1f}", color=ink, fontsize=9, weight=weight, **middle)
+    up, mean = 0.13 if cell.num_diverged else 0.0, grid.metric.shown(cell.mean)
+    axes.text(column + 0.5, row + 0.5 + up, mean, color=ink, fontsize=9, weight=weight, **middle)
     if cell.num_diverged:
         axes.text(column + 0.5, row + 0.24, f"{cell.num_diverged} div.", color=ink, fontsize=6.5, **middle)
 
@@ -136,26 +139,34 @@ def _smallest(values: Sequence[str]) -> float:
 
 
 @as_svg
-def color_bar(scale: Scale, sgd: float | None) -> Figure:
-    """The colors that all heat maps share, with SGD's accuracy marked."""
-    low, high = 100 * scale.low, 100 * scale.high
+def color_bar(scale: Scale, sgd: float | None, metric: Metric = ACCURACY) -> Figure:
+    """The colors that all heat maps share, with SGD's score marked."""
+    low, high = sorted((metric.scale * scale.low, metric.scale * scale.high))
+    around = 1 if metric.is_share else abs(low) / 10 or 1
     figure = Figure(figsize=(4.2, 0.8))
     axes = figure.add_axes(
-        (0.04, 0.42, 0.92, 0.24), xlim=(low, high) if high > low else (low - 1, low + 1), ylim=(0, 1)
+        (0.04, 0.42, 0.92, 0.24), xlim=(low, high) if high > low else (low - around, low + around), ylim=(0, 1)
     )
     left, right = axes.get_xlim()
     step = (right - left) / _SHADES
     for k in range(_SHADES):
-        color = scale.color((left + (k + 0.5) * step) / 100)
+        color = scale.color((left + (k + 0.5) * step) / metric.scale)
         axes.add_patch(Rectangle((left + k * step, 0), right - left - k * step, 1, facecolor=color, linewidth=0))
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(5))
+    _as_numbers(axes.xaxis, metric)
     axes.tick_params(length=2, color=FAINT)
-    if sgd is not None and left <= 100 * sgd <= right:
-        axes.plot([100 * sgd] * 2, [-0.15, 1.15], color=INK, linewidth=1.6, clip_on=False)
-        axes.text(100 * sgd, 1.35, "SGD", ha="center", va="bottom", fontsize=9)
+    if sgd is not None and left <= (at := metric.scale * sgd) <= right:
+        axes.plot([at] * 2, [-0.15, 1.15], color=INK, linewidth=1.6, clip_on=False)
+        axes.text(at, 1.35, "SGD", ha="center", va="bottom", fontsize=9)
     return figure
+
+
+def _as_numbers(axis: Any, metric: Metric) -> None:
+    """Ticks of a score that may be of any size are whole numbers, with no offset or power beside the axis."""
+    if not metric.is_share:
+        axis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
 
 
 @dataclass(frozen=True)
@@ -169,7 +180,7 @@ class Line:
 
 
 @as_svg
-def curves(lines: Sequence[Line], is_log: bool) -> Figure:
+def curves(lines: Sequence[Line], is_log: bool, metric: Metric = ACCURACY) -> Figure:
     """A line with its range for every method."""
     figure = Figure(figsize=(4.1, 2.9), layout="constrained")
     axes = figure.subplots()
@@ -179,6 +190,8 @@ def curves(lines: Sequence[Line], is_log: bool) -> Figure:
         band(axes, line.steps, line.intervals, of, **single)
     if is_log:
         logarithmic(axes.yaxis)
+    else:
+        _as_numbers(axes.yaxis, metric)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -188,7 +201,7 @@ def curves(lines: Sequence[Line], is_log: bool) -> Figure:
 
 @dataclass(frozen=True)
 class Offer:
-    """What a method costs and reaches, in percent; the ends are NaN with one seed."""
+    """What a method costs and reaches; the ends are NaN with one seed."""
 
     method: str
     cost: float
@@ -197,7 +210,7 @@ class Offer:
     high: float
 
 
-def front(offers: Sequence[Offer]) -> list[Offer]:
+def front(offers: Sequence[Offer], metric: Metric = ACCURACY) -> list[Offer]:
     """The offers that no other one beats at the same cost or less, cheapest first.
 
     Example:
@@ -206,18 +219,19 @@ def front(offers: Sequence[Offer]) -> list[Offer]:
         ['a', 'b']
     """
     found: list[Offer] = []
-    for offer in sorted(offers, key=lambda o: (o.cost, -o.mean)):
-        if not found or offer.mean > found[-1].mean:
+    for offer in sorted(offers, key=lambda o: (o.cost, -metric.worth(o.mean))):
+        if not found or metric.worth(offer.mean) > metric.worth(found[-1].mean):
             found.append(offer)
     return found
 
 
 @as_svg
-def cost_figure(offers: Sequence[Offer], label: str) -> Figure:
-    """Accuracy with its interval against the cost of a step; the front is the stepped line."""
+def cost_figure(offers: Sequence[Offer], label: str, metric: Metric = ACCURACY) -> Figure:
+    """The score with its interval against the cost of a step; the front is the stepped line."""
     figure = Figure(figsize=(5.0, 3.3), layout="constrained")
     axes = figure.subplots()
-    best = front(offers)
+    offers = [Offer(o.method, o.cost, *(metric.scale * v for v in (o.mean, o.low, o.high))) for o in offers]
+    best = front(offers, metric)
     rightmost = max(offer.cost for offer in offers)
     corners = [(best[0].cost, best[0].mean)]
     for offer in best[1:]:
@@ -236,6 +250,7 @@ def cost_figure(offers: Sequence[Offer], label: str) -> Figure:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(5))
+    _as_numbers(axes.yaxis, metric)
     axes.grid(color=FAINT, alpha=0.2, linewidth=0.6)
     axes.set_axisbelow(True)
     settle(figure)

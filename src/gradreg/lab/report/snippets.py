@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from gradreg.lab.config import RunConfig, from_mapping
+from gradreg.lab.config import BUILT_IN, RunConfig, from_mapping
 from gradreg.lab.folder import BadInput
 from gradreg.lab.methods import SIGNS
 from gradreg.lab.report.studies import Point
 
 _SCHEMES = {"F-GR": "forward", "B-GR": "backward", "Central": "central", "DB": "exact"}
+_OURS = ("SGD", "Flooding", "SAM", "ASAM", "Split", *SIGNS, *_SCHEMES)
 
 
 def configuration(point: Point) -> RunConfig:
@@ -27,15 +29,28 @@ def configuration(point: Point) -> RunConfig:
 
 
 def as_yaml(config: RunConfig) -> str:
-    """For `gradreg train --config`: every field that has a value."""
+    """For `gradreg train --config`: every field that has a value; of a task of the user's own those that it has."""
     import yaml
 
-    given = {name: value for name, value in asdict(config).items() if value is not None}
-    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=1000)
+    without = () if config.file is None else BUILT_IN
+    given = {name: value for name, value in asdict(config).items() if value is not None and name not in without}
+    told = "" if config.file is None else f"# The file is named on the command line:\n# {train_command(config)}\n"
+    return told + yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def train_command(config: RunConfig) -> str:
+    """What trains again from the YAML; a file is found where it lies."""
+    words = [] if config.file is None else [config.file.removesuffix(":task")]
+    return shlex.join(["gradreg", "train", *words, "--config", "best.yaml"])
 
 
 def as_python(config: RunConfig) -> str:
-    """The same method and optimizer around a `model`, a `loader` and a `criterion` of one's own."""
+    """The same method and optimizer around a `model`, a `loader` and a `criterion` of one's own.
+
+    Of a task of the user's own the method alone: its file has the rest.
+    """
+    if config.file is not None:
+        return "\n".join(lines_of(config)) + "\n"
     kinds = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
     momentum = [f"    momentum={config.momentum:g},"] if config.optimizer == "sgd" else []
     lines = [
@@ -70,6 +85,8 @@ _TO_OWN = (
 
 def lines_of(config: RunConfig) -> list[str]:
     """The method alone, around a `model`, an `optimizer`, a loss and steps of one's own."""
+    if config.method not in _OURS:
+        return [f"# {config.method} is a method of the task's own file."]
     step = "\n".join(_step(config))
     for ours, own in _TO_OWN:
         step = step.replace(ours, own)

@@ -15,8 +15,9 @@ from typing import Any
 from gradreg.lab import stats
 from gradreg.lab.config import FIELDS, SETTINGS
 from gradreg.lab.methods import METHODS
+from gradreg.lab.metric import ACCURACY, Metric
 
-TASK = ("data", "path", "num_train", "random_labels", "augment", "model", "depth", "width", "epochs")
+TASK = ("file", "data", "path", "num_train", "random_labels", "augment", "model", "depth", "width", "epochs")
 """Fields that say what is learned; runs that differ in one of them are not compared."""
 
 Row = dict[str, Any]
@@ -24,7 +25,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run; shares from 0 to 1, NaN where nothing was measured."""
+    """One finished run; NaN where nothing was measured, an infinite score where it was to be and is no number."""
 
     config: Row
     validation: float
@@ -34,7 +35,7 @@ class Run:
     diverged: bool
     seconds: float
     curve: tuple[dict[str, float], ...]
-    """`step` with `train_loss`, `grad_norm` and, in train runs, `validation_accuracy`."""
+    """`step` with `train_loss`, `grad_norm` and, in train runs, `validation_accuracy` or `validation_score`."""
     num_scored: float = math.nan
     """Labels of which the accuracy on test rows is a share."""
 
@@ -58,6 +59,10 @@ class Point:
     @cached_property
     def test(self) -> stats.Interval | None:
         return estimate([run.test for run in self.runs])
+
+    @property
+    def is_tested(self) -> bool:
+        return not all(math.isnan(run.test) for run in self.runs)
 
     @property
     def seeds(self) -> list[Any]:
@@ -85,6 +90,7 @@ class Source:
     costs: dict[str, float] = field(default_factory=dict)
     """Step cost of each method relative to SGD."""
     notes: list[str] = field(default_factory=list)
+    metric: Metric = ACCURACY
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,10 @@ class Study:
     task: Row
     sources: Sequence[Source]
     runs: Sequence[Run]
+
+    @property
+    def metric(self) -> Metric:
+        return self.sources[0].metric
 
     @cached_property
     def points(self) -> list[Point]:
@@ -111,18 +121,23 @@ class Study:
 
     @cached_property
     def best(self) -> dict[str, Point]:
-        """The point of every method that was read on test rows, or else has the highest validation accuracy."""
+        """The point of every method that was read on test rows, or else is best on validation rows."""
         chosen: dict[str, Point] = {}
         for method in self.methods:
             points = [point for point in self.points if point.method == method]
-            final = [point for point in points if point.test is not None]
-            chosen[method] = max(final or points, key=height)
+            final = [point for point in points if point.is_tested]
+            chosen[method] = max(final or points, key=self.worth)
         return chosen
 
     @property
     def winner(self) -> Point:
-        """Of these, the highest on validation rows (on test rows where there are no others); the first among equals."""
-        return max(self.best.values(), key=height)
+        """Of these, the best on validation rows (on test rows where there are no others); the first among equals."""
+        return max(self.best.values(), key=self.worth)
+
+    def worth(self, point: Point) -> float:
+        """By which points are ordered: the larger the better."""
+        found = point.validation or point.test
+        return self.metric.worth(found.mean) if found else -math.inf
 
     @cached_property
     def columns(self) -> list[str]:
@@ -140,13 +155,10 @@ class Study:
         return {method: cost for source in self.sources for method, cost in source.costs.items()}
 
 
-def height(point: Point) -> float:
-    found = point.validation or point.test
-    return found.mean if found else -math.inf
-
-
 def estimate(values: Sequence[float]) -> stats.Interval | None:
-    """The mean with its interval; one value has a mean alone, none nothing."""
+    """The mean with its interval; one value has a mean alone, none nothing, and so has one that is infinite."""
+    if any(map(math.isinf, values)):
+        return None
     finite = [value for value in values if math.isfinite(value)]
     if len(finite) > 1:
         return stats.mean_interval(finite)

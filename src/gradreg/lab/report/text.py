@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from gradreg.lab import stats
+from gradreg.lab.metric import ACCURACY, Metric
 from gradreg.lab.report.plots import Grid, Offer, front
 from gradreg.lab.report.studies import Point, Study, number, text
-from gradreg.lab.words import SYMBOLS, listed, percent, plural, points, sentence
+from gradreg.lab.words import SYMBOLS, gap, listed, plural, score, sentence
 
 NOT_READ = "test rows not read"
+NO_SCORE = "no score"
 ONE_SEED = "one seed: undecided"
 
 
@@ -29,20 +31,22 @@ class Comparison:
 
 
 def compare(study: Study, costs: dict[str, float]) -> list[Comparison]:
-    """Test accuracy minus SGD's over the seeds that both have; an interval needs two of them."""
+    """The test score minus SGD's over the seeds that both have; an interval needs two of them."""
     baseline = study.best.get("SGD")
     rows = []
     for method, point in study.best.items():
         difference, verdict = None, ""
         if point.test is None:
-            verdict = NOT_READ
+            verdict = NO_SCORE if point.is_tested else NOT_READ
         elif baseline is not None and method != "SGD":
-            difference, verdict = _difference(point, baseline)
+            difference, verdict = _difference(point, baseline, study.metric)
         rows.append(Comparison(method, point, difference, verdict, costs.get(method, math.nan)))
     return rows
 
 
-def _difference(point: Point, baseline: Point) -> tuple[stats.Interval | None, str]:
+def _difference(point: Point, baseline: Point, metric: Metric) -> tuple[stats.Interval | None, str]:
+    if baseline.is_tested and baseline.test is None:
+        return None, f"{NO_SCORE} of SGD"
     mine, sgd = (
         {json.dumps(run.seed): run.test for run in p.runs if math.isfinite(run.test)} for p in (point, baseline)
     )
@@ -50,28 +54,47 @@ def _difference(point: Point, baseline: Point) -> tuple[stats.Interval | None, s
     if not shared:
         return None, "no seed in common with SGD"
     if len(shared) == 1:
-        gap = mine[shared[0]] - sgd[shared[0]]
-        return stats.Interval(gap, math.nan, math.nan), ONE_SEED
+        apart = mine[shared[0]] - sgd[shared[0]]
+        return stats.Interval(apart, math.nan, math.nan), ONE_SEED
     found = stats.paired_difference([mine[s] for s in shared], [sgd[s] for s in shared])
     scored = (run.num_scored for p in (point, baseline) for run in p.runs if math.isfinite(run.test))
-    return found, stats.verdict(found, stats.one_row(scored))
+    return found, metric.verdict(found, scored)
+
+
+def in_column(part: str, metric: Metric) -> str:
+    """The heading of a column of scores: `test, %`, or `test rmse`."""
+    named = part if metric == ACCURACY else f"{part} {metric.name}"
+    return f"{named}, {metric.unit}" if metric.unit else named
+
+
+def shown(interval: stats.Interval | None, metric: Metric) -> str:
+    """In such a column."""
+    return "" if interval is None else score(interval, metric).removesuffix(metric.unit)
+
+
+def _reached(interval: stats.Interval, metric: Metric) -> str:
+    """In a sentence, where the unit tells what it is, or else its name."""
+    return score(interval, metric) if metric.unit else f"{metric.name} {score(interval, metric)}"
 
 
 def headline(study: Study, rows: Sequence[Comparison]) -> str:
     """The verdict on the best method, in one line."""
-    best = study.winner
+    best, metric = study.winner, study.metric
     row = next(r for r in rows if r.method == best.method)
     if best.test is None and best.validation is None:
-        return "No run has been scored yet"
+        return f"No method has a {metric.name} of all its runs" if best.is_tested else "No run has been scored yet"
     if best.test is None:
-        return f"{best.method} leads on validation rows; the test rows were not read"
+        why = "not all of its test runs have a score" if best.is_tested else "the test rows were not read"
+        return f"{best.method} leads on validation rows; {why}"
     if "SGD" not in study.best:
-        return f"{best.method} reaches {percent(best.test)}% on test rows; there is no SGD to compare with"
+        return f"{best.method} reaches {_reached(best.test, metric)} on test rows; there is no SGD to compare with"
     if best.method == "SGD":
         others = "Nothing was compared with SGD" if len(study.methods) == 1 else "No method is ahead of SGD"
         return others if len(study.methods) == 1 else f"{others} on validation rows"
     if row.verdict == stats.BETTER and row.difference:
-        return f"{best.method} is better than {_sgd(study)} by {100 * row.difference.mean:.1f} points of test accuracy"
+        amount = metric.gap(abs(row.difference.mean)).removeprefix("+")
+        of = "points of test" if metric.is_share else "in test"
+        return f"{best.method} is better than {_sgd(study)} by {amount} {of} {metric.name}"
     if row.verdict == stats.WORSE and row.difference:
         return f"{best.method}, best on validation rows, is worse than {_sgd(study)} on test rows"
     return f"No difference is shown between {best.method}, best on validation rows, and {_sgd(study)}"
@@ -79,7 +102,7 @@ def headline(study: Study, rows: Sequence[Comparison]) -> str:
 
 def findings(study: Study, rows: Sequence[Comparison]) -> list[str]:
     """What was compared, on what, and what came out."""
-    best = study.winner
+    best, metric = study.winner, study.metric
     row = next(r for r in rows if r.method == best.method)
     count = len(study.points)
     said = [
@@ -88,14 +111,15 @@ def findings(study: Study, rows: Sequence[Comparison]) -> list[str]:
     ]
     named = f"{best.method} ({settings(study, best)})" if settings(study, best) else best.method
     if best.validation:
-        said.append(f"Chosen on validation rows: {named}, with {percent(best.validation)}% there.")
+        said.append(f"Chosen on validation rows: {named}, with {_reached(best.validation, metric)} there.")
     if best.test:
-        said.append(f"Test accuracy of {best.method}: {percent(best.test)}%, {seeds_of(best.test, best)}.")
+        said.append(f"Test {metric.name} of {best.method}: {score(best.test, metric)}, {seeds_of(best.test, best)}.")
     if row.difference is not None:
-        said.append(f"Difference to {_sgd(study)}, seed by seed: {points(row.difference)} points: {row.verdict}.")
+        unit = f" {metric.gap_unit}" if metric.is_share else ""
+        said.append(f"Difference to {_sgd(study)}, seed by seed: {gap(row.difference, metric)}{unit}: {row.verdict}.")
     judged = [r for r in rows if r.method == "SGD" or (r.difference and r.verdict in _VERDICTS)]
     if len(judged) > 1 and judged[0].method == "SGD" and judged[0].point.test:
-        said.append(sentence([_as_row(r) for r in judged]))
+        said.append(sentence([_as_row(r, metric) for r in judged], metric))
     if any(r.verdict == ONE_SEED for r in rows):
         said.append("With one seed there is no interval, and no difference can be shown.")
     return said
@@ -104,9 +128,9 @@ def findings(study: Study, rows: Sequence[Comparison]) -> list[str]:
 _VERDICTS = (stats.BETTER, stats.WORSE, stats.UNDECIDED)
 
 
-def _as_row(row: Comparison) -> dict[str, Any]:
-    shown: dict[str, Any] = {"name": row.method, "accuracy": asdict(row.point.test)} if row.point.test else {}
-    return shown | ({"difference": asdict(row.difference), "verdict": row.verdict} if row.difference else {})
+def _as_row(row: Comparison, metric: Metric) -> dict[str, Any]:
+    tested: dict[str, Any] = {"name": row.method, metric.key: asdict(row.point.test)} if row.point.test else {}
+    return tested | ({"difference": asdict(row.difference), "verdict": row.verdict} if row.difference else {})
 
 
 def _sgd(study: Study) -> str:
@@ -114,17 +138,18 @@ def _sgd(study: Study) -> str:
 
 
 def heat_sentence(grid: Grid, sgd: float | None) -> str:
-    """Where the best cell is, whether it lies on an edge, and how many are above SGD."""
+    """Where the best cell is, whether it lies on an edge, and how many are ahead of SGD."""
+    metric = grid.metric
     means = {at: cell.mean for at, cell in grid.cells.items() if math.isfinite(cell.mean)}
     if grid.best is None:
-        return "No cell has a validation accuracy."
+        return f"No cell has a validation {metric.name}."
     row, column = grid.best
     where = [
         f"{label} {value}"
         for label, value in ((grid.row_label, grid.rows[row]), (grid.column_label, grid.columns[column]))
         if label
     ]
-    said = f"Best at {', '.join(where)} ({100 * means[grid.best]:.1f}%)"
+    said = f"Best at {', '.join(where)} ({metric.written(means[grid.best])})"
     edges = [
         f"the {'smallest' if k == 0 else 'largest'} {label}"
         for label, k, count in ((grid.row_label, row, len(grid.rows)), (grid.column_label, column, len(grid.columns)))
@@ -132,43 +157,49 @@ def heat_sentence(grid: Grid, sgd: float | None) -> str:
     ]
     said += f", at {' and '.join(edges)}: the best may lie beyond" if edges else ""
     if sgd is not None:
-        above = sum(mean > sgd for mean in means.values())
-        said += f"; {above} of {len(means)} above SGD's {100 * sgd:.1f}%"
+        ahead = sum(metric.worth(mean) > metric.worth(sgd) for mean in means.values())
+        side = "above" if metric.higher_is_better else "below"
+        said += f"; {ahead} of {len(means)} {side} SGD's {metric.written(sgd)}"
     diverged = sum(cell.num_diverged > 0 for cell in grid.cells.values())
     return said + (f"; {diverged} with runs that diverged." if diverged else ".")
 
 
-def curve_sentence(name: str, ends: dict[str, float]) -> str:
+def curve_sentence(ends: dict[str, float], written: Callable[[float], str]) -> str:
     """Who ends lowest and highest; nothing where one method is alone."""
     ends = {method: value for method, value in ends.items() if math.isfinite(value)}
     if not ends:
         return ""
     low, high = min(ends, key=ends.__getitem__), max(ends, key=ends.__getitem__)
+    lowest, highest = written(ends[low]), written(ends[high])
     if len(ends) == 1:
-        return f"Ends at {short(ends[low], name)} ({low})."
-    if short(ends[low], name) == short(ends[high], name):
-        return f"All end at {short(ends[low], name)}."
-    return f"Ends lowest with {low} ({short(ends[low], name)}), highest with {high} ({short(ends[high], name)})."
+        return f"Ends at {lowest} ({low})."
+    if lowest == highest:
+        return f"All end at {lowest}."
+    return f"Ends lowest with {low} ({lowest}), highest with {high} ({highest})."
 
 
-def short(value: float, name: str = "") -> str:
-    if not math.isfinite(value):
-        return ""
-    return f"{100 * value:.1f}%" if name == "validation_accuracy" else f"{value:.3g}"
+def short(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else ""
 
 
-def cost_sentence(offers: Sequence[Offer]) -> str:
-    best = front(offers)
+def cost_sentence(offers: Sequence[Offer], metric: Metric) -> str:
+    best = front(offers, metric)
     rest = [offer.method for offer in offers if offer not in best]
-    said = "On the front: " + ", ".join(f"{o.method} ({o.cost:.2f}×, {o.mean:.1f}%)" for o in best) + "."
+    said = "On the front: " + ", ".join(f"{o.method} ({o.cost:.2f}×, {metric.written(o.mean)})" for o in best) + "."
     if rest:
         verb = "is" if len(rest) == 1 else "are"
-        said += f" {listed(rest)} {verb} not: another method reaches as much for no more."
-    return said + " The front goes by the means; whether a step up is more than chance, the verdicts above say."
+        much = "much" if metric.higher_is_better else "low"
+        said += f" {listed(rest)} {verb} not: another method reaches as {much} for no more."
+    way = "up" if metric.higher_is_better else "down"
+    return said + f" The front goes by the means; whether a step {way} is more than chance, the verdicts above say."
 
 
 def task_words(study: Study) -> str:
+    """Data and model, or the reference of a task of the user's own."""
     task = study.task
+    epochs = [f"{text(task['epochs'])} epochs"] if task.get("epochs") is not None else []
+    if task.get("file") is not None:
+        return ", ".join([text(task["file"]), *epochs])
     labels = number(task.get("random_labels"))
     words = [
         text(task.get("data")),
@@ -181,8 +212,7 @@ def task_words(study: Study) -> str:
         if task.get(key) is not None
     ]
     words += [f"{text(task['num_train'])} training rows"] if task.get("num_train") is not None else []
-    words += [f"{text(task['epochs'])} epochs"] if task.get("epochs") is not None else []
-    return ", ".join(word for word in words if word)
+    return ", ".join(word for word in [*words, *epochs] if word)
 
 
 def settings(study: Study, point: Point) -> str:

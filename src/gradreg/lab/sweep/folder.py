@@ -51,6 +51,7 @@ def begin(folder: Path, sweep: Sweep, place: Place, command: str, workers: int, 
         "base": plan["base"],
         "axes": varied,
         "seeds": list(sweep.seeds),
+        "metric": metric_of(sweep.base).as_row(),
         "plan": plan,
         "study": {
             "name": place.name,

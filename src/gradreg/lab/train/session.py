@@ -95,9 +95,11 @@ def start(plan: Plan, out: Path | None, group: Processes, show: Show) -> Row | N
                 **{key: value for key, value in asdict(plan).items() if key != "config"},
                 "threads": torch.get_num_threads(),
                 "ran_in": os.getcwd(),
-                **({} if plan.config.file is None else {"task_sha256": tasks.digest_of(plan.config.file)}),
                 "config": asdict(plan.config),
             }
+            if plan.config.file is not None:
+                metric = trainer.task.metric.as_row()  # of a run that has not ended too
+                about |= {"task_sha256": tasks.digest_of(plan.config.file), "metric": metric}
             write_json(folder / "config.json", sealed(about))
             try:
                 with _held(folder, group):
