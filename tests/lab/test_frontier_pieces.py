@@ -15,8 +15,8 @@ from gradreg.lab import objective
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import Part
 from gradreg.lab.folder import BadInput
+from gradreg.lab.randomness import seeded
 from gradreg.lab.stats import Interval, mean_interval, paired_difference
-from gradreg.lab.train.randomness import seeded
 from gradreg.lab.train.trainer import Trainer
 from gradreg.studies.frontier import mechanism
 from gradreg.studies.frontier.figure import Panel, Point, front, pareto_figure, worst, worst_figure

@@ -20,11 +20,11 @@ from gradreg.lab.folder import BadInput
 from gradreg.lab.methods import METHODS
 from gradreg.lab.metric import ACCURACY, Metric
 from gradreg.lab.objective import accuracy, cross_entropy, evaluate, gradient_norm
+from gradreg.lab.randomness import random_state, seeded
 from gradreg.lab.rows import DatasetRows, LoaderRows, TensorRows, count, moved, shared_out
 from gradreg.lab.runs import Job, run
 from gradreg.lab.task import Loop, Task
 from gradreg.lab.train.checkpoint import read, write
-from gradreg.lab.train.randomness import random_state, seeded
 from gradreg.lab.train.trainer import Trainer
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))

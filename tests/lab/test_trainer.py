@@ -11,11 +11,11 @@ from torch import nn
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import Part, Split, load
 from gradreg.lab.folder import BadInput
+from gradreg.lab.processes import Processes
+from gradreg.lab.randomness import random_state, seeded, set_random_state
 from gradreg.lab.tasks import builtin
 from gradreg.lab.train import trainer as trainer_module
 from gradreg.lab.train.checkpoint import read, write
-from gradreg.lab.train.processes import Processes
-from gradreg.lab.train.randomness import random_state, seeded, set_random_state
 from gradreg.lab.train.trainer import Trainer
 
 CONFIG = RunConfig(data="digits", num_train=100, batch_size=20, width=8, epochs=3)

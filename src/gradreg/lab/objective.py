@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from gradreg.lab.data.parts import Part
 from gradreg.lab.folder import BadInput
 from gradreg.lab.metric import ACCURACY, Metric
+from gradreg.lab.randomness import undisturbed
 from gradreg.lab.rows import Batch, Rows, TensorRows, moved
-from gradreg.lab.train.randomness import undisturbed
 
 _CHUNK = 2**20
 """Input numbers in a chunk by default: 341 images of 3×32×32."""

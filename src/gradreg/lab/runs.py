@@ -26,10 +26,10 @@ from gradreg.lab.config import RunConfig
 from gradreg.lab.folder import BadInput
 from gradreg.lab.loop import Run
 from gradreg.lab.objective import Objective
+from gradreg.lab.randomness import seeded
 from gradreg.lab.rows import Rows
 from gradreg.lab.task import Loop, Task
 from gradreg.lab.tasks import task_of, trained
-from gradreg.lab.train.randomness import seeded
 from gradreg.lab.train.trainer import Trainer, make_optimizer
 
 _ROWS = 500  # of the data, whose graph is kept at a time for the Hessian

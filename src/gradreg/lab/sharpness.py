@@ -27,12 +27,12 @@ from gradreg.lab.data import places
 from gradreg.lab.data.parts import Part
 from gradreg.lab.folder import BadInput, new_folder, shown, write_json
 from gradreg.lab.objective import Objective
+from gradreg.lab.processes import resolve
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.rows import Batch, Rows, TensorRows, moved
 from gradreg.lab.tables import console, say
 from gradreg.lab.tasks import trained as task_of
 from gradreg.lab.train import checkpoint
-from gradreg.lab.train.processes import resolve
 from gradreg.lab.train.session import read
 
 PARTS = ("train", "validation", "test")

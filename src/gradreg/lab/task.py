@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from gradreg.lab.folder import BadInput
 from gradreg.lab.metric import ACCURACY, Metric
 from gradreg.lab.objective import Loss, Objective, Score, accuracy, cross_entropy
+from gradreg.lab.randomness import seeded
 from gradreg.lab.rows import Batch, Collate, moved, rows_of
-from gradreg.lab.train.randomness import seeded
 
 MakeOptimizer = Callable[..., Optimizer]
 Transform = Callable[[Batch, torch.Generator], Batch]

@@ -28,9 +28,9 @@ from gradreg.lab.data.parts import Split
 from gradreg.lab.folder import BadInput
 from gradreg.lab.metric import ACCURACY, Metric
 from gradreg.lab.models import MODELS
+from gradreg.lab.processes import resolve
+from gradreg.lab.randomness import seeded
 from gradreg.lab.task import Loop, Task, as_task
-from gradreg.lab.train.processes import resolve
-from gradreg.lab.train.randomness import seeded
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from gradreg.lab.batched.speed import GridSpeed, measure_grid_speed
 from gradreg.lab.config import FIELDS, RunConfig
 from gradreg.lab.data.parts import Part
 from gradreg.lab.objective import cross_entropy
+from gradreg.lab.processes import resolve
 from gradreg.lab.runs import Job, Result
 from gradreg.lab.task import Loop
 from gradreg.lab.tasks import task_of, trained
-from gradreg.lab.train.processes import resolve
 
 Progress = Callable[[str, int, int], None]  # what is running, runs done, runs planned
 

@@ -16,9 +16,9 @@ from gradreg.lab.batched.rules import rule_of
 from gradreg.lab.batched.training import StackedAverage, StackedOptimizer, StackedRegularizer
 from gradreg.lab.data.parts import Part
 from gradreg.lab.objective import Evaluation
+from gradreg.lab.processes import resolve
 from gradreg.lab.runs import Job, Result
 from gradreg.lab.tasks import trained
-from gradreg.lab.train.processes import resolve
 
 
 class StackedRuns:

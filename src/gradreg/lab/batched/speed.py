@@ -25,9 +25,9 @@ from gradreg.lab.batched.runs import StackedRuns
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data.parts import Part
 from gradreg.lab.methods import METHODS
+from gradreg.lab.processes import resolve
 from gradreg.lab.runs import Job, make_optimizer
 from gradreg.lab.tasks import trained
-from gradreg.lab.train.processes import resolve
 
 BATCH_SIZE = 100
 EPOCH = 40

@@ -87,7 +87,7 @@ def cost(
     from gradreg.lab.cost import steps as costs
     from gradreg.lab.cost.grid import GridPlan, run_grid
     from gradreg.lab.cost.measure import DEPTHS, MODELS, QUICK_DEPTHS, QUICK_MODELS, Plan, run_cost
-    from gradreg.lab.train.processes import resolve
+    from gradreg.lab.processes import resolve
 
     threads = threads or torch.get_num_threads()
     if task is not None:

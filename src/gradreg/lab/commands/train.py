@@ -58,7 +58,7 @@ def train(
             _refuse_beside_resume(out=out, checkpoint_every=checkpoint_every, keep=keep, log=names)
             fields = None
 
-    from gradreg.lab.train.processes import leave, processes
+    from gradreg.lab.processes import leave, processes
     from gradreg.lab.train.session import CannotWrite, Plan, Stopped, read_plan, start
     from gradreg.lab.train.session import resume as go_on
 
@@ -116,7 +116,7 @@ def _refusal_from_one() -> Iterator[None]:
     except BadInput:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
-        from gradreg.lab.train.processes import leave
+        from gradreg.lab.processes import leave
 
         leave(2)
 

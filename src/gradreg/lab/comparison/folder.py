@@ -18,6 +18,7 @@ from gradreg.lab.comparison.result import arm_rows, verdict
 from gradreg.lab.comparison.schedule import TEST, ComparisonSchedule
 from gradreg.lab.cost.steps import clock_for, make_step, median_ratio, paired_seconds
 from gradreg.lab.folder import BadInput, json_line, shown, write_json, write_text
+from gradreg.lab.processes import resolve
 from gradreg.lab.records import read_record, sealed
 from gradreg.lab.search import Point
 from gradreg.lab.sweep.board import Board
@@ -27,7 +28,6 @@ from gradreg.lab.sweep.storage import Place, without_password
 from gradreg.lab.sweep.study import Study
 from gradreg.lab.task import Loop
 from gradreg.lab.tasks import metric_of, task_of
-from gradreg.lab.train.processes import resolve
 
 MOST_ROUNDS, LEAST_ROUNDS, SECONDS_OF_COST = 30, 6, 20.0
 

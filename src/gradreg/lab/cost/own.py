@@ -96,7 +96,7 @@ def run_own(plan: Plan, folder: Callable[[], Path]) -> Row:
 
 
 def costs_device(config: RunConfig) -> torch.device:
-    from gradreg.lab.train.processes import resolve
+    from gradreg.lab.processes import resolve
 
     return resolve(config.device)
 

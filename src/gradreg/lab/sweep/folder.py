@@ -17,6 +17,7 @@ from gradreg.lab.config import FIELDS, RunConfig, from_mapping
 from gradreg.lab.cost.steps import clock_for, make_step, paired_seconds
 from gradreg.lab.folder import BadInput, json_line, shown, write_json, write_text
 from gradreg.lab.metric import Metric
+from gradreg.lab.processes import resolve
 from gradreg.lab.records import Damaged, opened, read_record, sealed
 from gradreg.lab.search import Range
 from gradreg.lab.sweep.journal import locked
@@ -26,7 +27,6 @@ from gradreg.lab.sweep.storage import Place, without_password
 from gradreg.lab.sweep.study import Study
 from gradreg.lab.tables import Table, console, say
 from gradreg.lab.tasks import metric_of, trained
-from gradreg.lab.train.processes import resolve
 from gradreg.lab.words import gap, score, settings, verdict_words
 
 COST_ROUNDS = 30

@@ -34,10 +34,10 @@ from gradreg.lab.config import FIELDS, RunConfig, from_mapping
 from gradreg.lab.data import places
 from gradreg.lab.folder import BadInput, append_line, new_folder, shown, write_json, write_text
 from gradreg.lab.names import one_of
+from gradreg.lab.processes import Processes
+from gradreg.lab.randomness import seeded
 from gradreg.lab.records import Damaged, opened, read_record, sealed
 from gradreg.lab.train import checkpoint
-from gradreg.lab.train.processes import Processes
-from gradreg.lab.train.randomness import seeded
 from gradreg.lab.train.stopping import StopRequest, stop_requests
 from gradreg.lab.train.trainer import Trainer
 

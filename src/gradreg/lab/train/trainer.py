@@ -21,12 +21,12 @@ from gradreg.lab.config import RunConfig
 from gradreg.lab.data.parts import Part
 from gradreg.lab.folder import BadInput
 from gradreg.lab.methods import ONE_PASS
+from gradreg.lab.processes import Processes, resolve
+from gradreg.lab.randomness import random_state, set_random_state
 from gradreg.lab.rows import TensorRows, moved, shared_out
 from gradreg.lab.task import Task
 from gradreg.lab.tasks import trained
 from gradreg.lab.train.checkpoint import differences
-from gradreg.lab.train.processes import Processes, resolve
-from gradreg.lab.train.randomness import random_state, set_random_state
 
 _LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -34,9 +34,9 @@ from gradreg.lab import objective
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data.parts import Part
 from gradreg.lab.folder import BadInput
+from gradreg.lab.randomness import seeded
 from gradreg.lab.sharpness import batches_of
 from gradreg.lab.stats import Interval, mean_interval
-from gradreg.lab.train.randomness import seeded
 from gradreg.lab.train.trainer import Trainer, make_optimizer
 
 SHARES = (0.02, 0.5, 1.0)
