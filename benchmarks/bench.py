@@ -44,6 +44,7 @@ import torch
 from models import PROBLEMS, SMALL_PROBLEMS, Problem
 
 import gradreg
+from gradreg.lab import stats
 from gradreg.lab.cost import steps as costs
 
 Step = Callable[[], object]
@@ -410,7 +411,7 @@ def show_small(name: str, methods: list[str], device: torch.device, rounds: int,
 
 
 def _ratio(method: str, base: str, seconds: dict[str, list[float]], processes: int) -> str:
-    ratio = costs.median_ratio(seconds[method], seconds[base], processes)
+    ratio = stats.median_ratio(seconds[method], seconds[base], processes)
     return f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
@@ -420,7 +421,7 @@ def _overhead(method: str, base: str, seconds: dict[str, list[float]], processes
     if not passes:
         return ""
     shares = [100 * (a - b) / c for a, b, c in zip(seconds[method], seconds[passes], seconds[base])]
-    middle = costs.median_ratio(shares, [1.0] * len(shares), processes)
+    middle = stats.median_ratio(shares, [1.0] * len(shares), processes)
     return f"   overhead {middle.median:+.1f} % [{middle.low:+.1f}, {middle.high:+.1f}]"
 
 

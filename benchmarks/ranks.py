@@ -23,7 +23,8 @@ from models import PROBLEMS, Problem
 from torch.nn.parallel import DistributedDataParallel
 
 import gradreg
-from gradreg.lab.cost.steps import keep_heap, median_ratio
+from gradreg.lab.cost.steps import keep_heap
+from gradreg.lab.stats import median_ratio
 
 
 def wrap(problem: Problem, kind: str) -> Problem:

@@ -55,6 +55,46 @@ def test_imports_go_one_way(path):
         assert there == here or RANKS[there] < RANKS[here], f"{here} imports {there}"
 
 
+# Within the laboratory: task, method → run → player → search → comparison → page → commands.
+LAB = (
+    "folder names output methods stats metric words tables figures labels page progress yaml_file records about jobs",
+    "trackers config search",
+    "data models randomness processes rows",
+    "attach loop objective task",
+    "tasks task_names",
+    "train runs batched sharpness",
+    "player cost",
+    "report",
+    "sweep comparison",
+    "commands __init__",
+)
+FLOORS = {name: floor for floor, names in enumerate(LAB) for name in names.split()}
+LAB_FILES = [path for path in FILES if path.is_relative_to(SOURCE / "lab")]
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            parts = node.module.split(".")
+            if node.module == "gradreg.lab":
+                yield from (alias.name for alias in node.names)
+            elif parts[:2] == ["gradreg", "lab"]:
+                yield parts[2]
+
+
+def test_every_room_of_the_laboratory_has_a_floor():
+    rooms = {room(path.relative_to(SOURCE / "lab").parts) for path in LAB_FILES}
+    assert rooms == set(FLOORS)
+
+
+@pytest.mark.parametrize("path", LAB_FILES, ids=lambda path: str(path.relative_to(SOURCE / "lab")))
+def test_the_nouns_of_the_laboratory_are_imported_one_way(path):
+    here = room(path.relative_to(SOURCE / "lab").parts)
+    for there in imported_modules(path):
+        if there in FLOORS:
+            assert FLOORS[there] <= FLOORS[here], f"{here} imports {there}"
+
+
 def test_the_walk_finds_imports():
     found = {there for path in (SOURCE / "training").glob("*.py") for there in imported_rooms(path)}
     assert found == {"_vectors", "functional", "training"}

@@ -11,8 +11,8 @@ from printed import tables_fit
 from gradreg.cli import main
 from gradreg.lab.batched import obstacle
 from gradreg.lab.commands import LAST_SEED
-from gradreg.lab.cost.steps import Ratio
 from gradreg.lab.page import markdown
+from gradreg.lab.stats import Ratio
 from gradreg.lab.tasks import trained
 from gradreg.studies.frontier import cost, page, run, tune
 from gradreg.studies.frontier.modes import FULL, MODES, PLAIN, TASKS, Candidate, job

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 LEVEL = 0.95
+RESAMPLES = 2000
 BETTER, WORSE, UNDECIDED = "better", "worse", "no difference shown"
 
 
@@ -37,6 +40,8 @@ def mean_interval(values: Sequence[float]) -> Interval:
     if n < 2:
         raise ValueError(f"an interval needs at least 2 values, got {n}.")
     mean = math.fsum(values) / n
+    if max(map(abs, values)) > 1e150:  # whose square is none
+        return Interval(mean, -math.inf, math.inf)
     variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
     margin = float(t.ppf((1 + LEVEL) / 2, n - 1)) * math.sqrt(variance / n)
     return Interval(mean, mean - margin, mean + margin)
@@ -72,3 +77,33 @@ def one_row(counts: Iterable[float | None]) -> float:
     """
     known = [count for count in counts if count is not None and count > 0]
     return 1 / min(known) if known else 0.0
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A median over rounds, and its 95% interval by bootstrap."""
+
+    median: float
+    low: float
+    high: float
+
+
+def median_ratio(values: Sequence[float], base: Sequence[float], processes: int = 1) -> Ratio:
+    """Of pairs, round by round; with several processes, each of as many rounds, these are drawn first.
+
+    Example:
+        >>> median_ratio([2.0, 2.0, 4.2, 2.0], [1.0, 1.0, 2.0, 1.0])
+        Ratio(median=2.0, low=2.0, high=2.1)
+        >>> median_ratio([2.0, 2.0, 4.2, 4.2], [1.0, 1.0, 2.0, 2.0], processes=2)
+        Ratio(median=2.05, low=2.0, high=2.1)
+    """
+    ratios = [a / b for a, b in zip(values, base)]
+    rounds = len(ratios) // processes
+    blocks = [ratios[k * rounds : (k + 1) * rounds] for k in range(processes)]
+    draw = random.Random(0)
+
+    def resample() -> list[float]:
+        return [ratio for block in draw.choices(blocks, k=processes) for ratio in draw.choices(block, k=rounds)]
+
+    medians = sorted(median(resample()) for _ in range(RESAMPLES))
+    return Ratio(median(ratios), medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)])

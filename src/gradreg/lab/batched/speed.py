@@ -65,7 +65,7 @@ def measure_grid_speed(
         rounds: paired rounds, after one that is not counted.
         plan: how runs are stacked on so many threads.
     """
-    from gradreg.lab.cost.steps import median_ratio
+    from gradreg.lab.stats import median_ratio
 
     jobs = [Job(config, num_records=0) for config in grid(width, num_configs, num_steps)]
     device, threads = resolve("auto"), torch.get_num_threads()

@@ -29,6 +29,7 @@ def report(
     The page of a comparison is written anew. A page stands alone: it loads nothing and needs no server. That of an
     earlier report is replaced; nothing else is.
     """
+    from gradreg.lab.comparison.again import comparison
     from gradreg.lab.report.page import is_ours, page
 
     target = folder / "report.html" if out is None else out
@@ -38,7 +39,8 @@ def report(
         raise BadInput(f"--out must end in .html, got {shown(target)}.")
     if out is not None and not os.path.isdir(target.parent):
         raise BadInput(f"--out must lie in a folder that exists, got {shown(target)}.")
-    html = page(folder)
+    html = comparison(folder)
+    html = page(folder) if html is None else html
     if os.path.lexists(target) and not is_ours(target, html):
         raise BadInput(
             f"--out must be a new file, got {shown(target)}, which gradreg report did not make; pass another --out."

@@ -16,11 +16,12 @@ from gradreg.lab.comparison.arms import BASELINE
 from gradreg.lab.comparison.plan import KIND, Plan
 from gradreg.lab.comparison.result import arm_rows, verdict
 from gradreg.lab.comparison.schedule import TEST, ComparisonSchedule
-from gradreg.lab.cost.steps import clock_for, make_step, median_ratio, paired_seconds
+from gradreg.lab.cost.steps import clock_for, make_step, paired_seconds
 from gradreg.lab.folder import BadInput, json_line, shown, write_json, write_text
 from gradreg.lab.processes import resolve
 from gradreg.lab.records import read_record, sealed
 from gradreg.lab.search import Point
+from gradreg.lab.stats import median_ratio
 from gradreg.lab.sweep.board import Board
 from gradreg.lab.sweep.journal import locked
 from gradreg.lab.sweep.schedule import key_of

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from gradreg.lab import stats
 from gradreg.lab.about import provenance
 from gradreg.lab.config import RunConfig
 from gradreg.lab.cost import steps as costs
@@ -206,13 +207,13 @@ def measure(case: Case, plan: Plan, progress: Callable[[], object] = lambda: Non
         **{key: getattr(case.config, key) for key in ("model", "depth", "width", "batch_size")},
         "sgd_seconds": median(seconds["SGD"]),
         "methods": {name: _row(name, seconds, flops, peak) for name in COMPARED},
-        "db_over_f_gr": asdict(costs.median_ratio(seconds["DB"], seconds["F-GR"])),
+        "db_over_f_gr": asdict(stats.median_ratio(seconds["DB"], seconds["F-GR"])),
     }
 
 
 def _row(name: str, seconds: Mapping[str, Sequence[float]], flops: Mapping[str, int], peak: Mapping[str, int]) -> Row:
     return {
-        "time": asdict(costs.median_ratio(seconds[name], seconds["SGD"])),
+        "time": asdict(stats.median_ratio(seconds[name], seconds["SGD"])),
         "flops": flops[name],
         "flops_ratio": flops[name] / flops["SGD"],
         "peak_bytes": peak[name],

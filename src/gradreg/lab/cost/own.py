@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gradreg.lab import tasks
+from gradreg.lab import stats, tasks
 from gradreg.lab.about import provenance
 from gradreg.lab.config import RunConfig
 from gradreg.lab.cost import steps as costs
@@ -150,7 +150,7 @@ def _rows(seconds: Mapping[str, list[float]], peaks: Mapping[str, int], refused:
         took, plain_ = seconds[name], seconds["SGD"]
         if name == "cheap":
             took = [(a + (PERIOD - 1) * b) / PERIOD for a, b in zip(took, seconds[BETWEEN])]
-        found = {"time": asdict(costs.median_ratio(took, plain_)), "memory_ratio": peaks[name] / peaks["SGD"]}
+        found = {"time": asdict(stats.median_ratio(took, plain_)), "memory_ratio": peaks[name] / peaks["SGD"]}
         rows.append({"name": name, **found, "peak_bytes": peaks[name], "refused": ""})
     return rows
 

@@ -10,12 +10,10 @@ import ctypes
 import gc
 import os
 import platform
-import random
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from statistics import median, mode
 from typing import Any, TypeVar
 
@@ -29,21 +27,11 @@ from gradreg.lab.tasks import trained
 
 RATE = 1e-3  # small: the timed weights should stay where they are
 WARM_UP = 3  # rounds that allocate
-RESAMPLES = 2000
 
 Step = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
 Clock = Callable[[], float]
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A median over rounds, and its 95% interval by bootstrap."""
-
-    median: float
-    low: float
-    high: float
 
 
 def step_costs(task: RunConfig, chosen: Mapping[str, Mapping[str, Any]], rounds: int = 60) -> dict[str, float]:
@@ -112,27 +100,6 @@ def paired_seconds(
                 seconds[name].append(took)
         progress()
     return seconds
-
-
-def median_ratio(values: Sequence[float], base: Sequence[float], processes: int = 1) -> Ratio:
-    """Of pairs, round by round; with several processes, each of as many rounds, these are drawn first.
-
-    Example:
-        >>> median_ratio([2.0, 2.0, 4.2, 2.0], [1.0, 1.0, 2.0, 1.0])
-        Ratio(median=2.0, low=2.0, high=2.1)
-        >>> median_ratio([2.0, 2.0, 4.2, 4.2], [1.0, 1.0, 2.0, 2.0], processes=2)
-        Ratio(median=2.05, low=2.0, high=2.1)
-    """
-    ratios = [a / b for a, b in zip(values, base)]
-    rounds = len(ratios) // processes
-    blocks = [ratios[k * rounds : (k + 1) * rounds] for k in range(processes)]
-    draw = random.Random(0)
-
-    def resample() -> list[float]:
-        return [ratio for block in draw.choices(blocks, k=processes) for ratio in draw.choices(block, k=rounds)]
-
-    medians = sorted(median(resample()) for _ in range(RESAMPLES))
-    return Ratio(median(ratios), medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)])
 
 
 def count_flops(step: Step) -> int:

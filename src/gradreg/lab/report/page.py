@@ -22,7 +22,6 @@ from gradreg.lab.folder import BadInput
 from gradreg.lab.methods import METHODS
 from gradreg.lab.metric import Metric
 from gradreg.lab.page import render, source
-from gradreg.lab.report.comparisons import MADE_BY, comparison
 from gradreg.lab.report.figures import cost_drawing, costs_of, curve_figures, heat_maps
 from gradreg.lab.report.folders import read
 from gradreg.lab.report.snippets import as_python, as_yaml, configuration, train_command
@@ -58,10 +57,8 @@ def page(folder: Path) -> str:
     """The page for a folder.
 
     Raises:
-        BadInput: as `comparison` and `read`.
+        BadInput: as `read`.
     """
-    if (compared := comparison(folder)) is not None:
-        return compared
     sections = [_section(study, f"s{k}") for k, study in enumerate(read(folder), 1)]
     script = re.sub(r"\s*</?script>\s*", "\n", source("gradreg.lab.report", "script.html"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -84,14 +81,19 @@ def page(folder: Path) -> str:
 
 
 def is_ours(path: Path, html: str) -> bool:
-    """Whether an earlier `gradreg report` wrote this file, or, where `html` is that of a comparison, its command."""
-    marks = [f'<meta name="generator" content="{name}">' for name in (GENERATOR, MADE_BY)]
+    """Whether an earlier `gradreg report` wrote this file, or the command that writes such a page as `html`."""
+    marks = [f'<meta name="generator" content="{GENERATOR}">', _generator_of(html)]
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             head = file.read(2_000)
-        return marks[0] in head or (marks[1] in head and marks[1] in html[:2_000])
+        return any(mark and mark in head for mark in marks)
     except OSError:
         return False
+
+
+def _generator_of(html: str) -> str:
+    found = re.search(r'<meta name="generator" content="[^"]*">', html[:2_000])
+    return found.group() if found else ""
 
 
 def _section(study: Study, prefix: str) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from gradreg.lab.attach import attach
 from gradreg.lab.batched import most_slices
 from gradreg.lab.batched.runs import StackedRuns
 from gradreg.lab.config import RunConfig
-from gradreg.lab.cost.steps import Ratio, Step, median_ratio, paired_seconds
+from gradreg.lab.cost.steps import Step, paired_seconds
 from gradreg.lab.data.parts import Part, Split
 from gradreg.lab.runs import Job
+from gradreg.lab.stats import Ratio, median_ratio
 from gradreg.lab.task import Task
 from gradreg.lab.tasks import builtin, trained
 from gradreg.lab.train.trainer import Trainer

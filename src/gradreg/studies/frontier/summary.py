@@ -8,8 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from gradreg.lab import stats
-from gradreg.lab.cost.steps import Ratio
-from gradreg.lab.stats import Interval
+from gradreg.lab.stats import Interval, Ratio
 from gradreg.studies.frontier.figure import Panel, Point
 from gradreg.studies.frontier.modes import FULL, MODES, PLAIN, Candidate
 from gradreg.studies.frontier.retention import gain, retention

@@ -11,8 +11,6 @@ from gradreg.lab.folder import BadInput, shown
 from gradreg.lab.page import html
 from gradreg.lab.records import read_record
 
-MADE_BY = "gradreg compare"
-
 
 def comparison(folder: Path) -> str | None:
     """Its page; None where the folder is not that of a comparison.
