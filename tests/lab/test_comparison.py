@@ -254,6 +254,16 @@ def test_a_record_that_was_changed_is_named(recorded, tmp_path):
         compare(recorded(Recorder()), ["F-GR"], folder=tmp_path / "a", **QUICK)
 
 
+def test_a_study_that_lost_its_runs_is_not_run_again_in_silence(recorded, tmp_path):
+    compare(recorded(Recorder()), ["F-GR"], folder=tmp_path / "a", **QUICK)
+    (tmp_path / "a" / "results.json").unlink()
+    (tmp_path / "a" / "study.log").write_text("", encoding="utf-8")
+    train = Recorder()
+    with pytest.raises(BadInput, match=r"has lost \d+ of the \d+ finished runs in runs.jsonl"):
+        compare(recorded(train), ["F-GR"], folder=tmp_path / "a", **QUICK)
+    assert train.runs == []
+
+
 # From Python.
 
 

@@ -517,7 +517,7 @@ def test_a_study_that_lost_finished_runs_is_not_run_again(begun, kept, capsys, m
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:kept]))
     said = refusal(begun, capsys)
     if kept in (0, 20, -2):
-        assert "runs in runs.jsonl: put back a copy of it, or begin another sweep in a new folder with: gradreg" in said
+        assert "runs in runs.jsonl: put back a copy of it, or begin anew in another folder with: gradreg" in said
     else:
         assert "must be one of gradreg sweep" in said  # cut before the plan
 

@@ -62,7 +62,10 @@ class Metric:
         return stats.verdict(difference, stats.one_row(counts) if self.is_share else 0.0)
 
     def shown(self, value: float, digits: int = 1) -> str:
-        text = f"{100 * value:.{digits}f}" if self.is_share else f"{value + 0.0:#.3g}".rstrip(".")
+        if self.is_share:
+            text = f"{100 * value:.{digits}f}"
+        else:
+            text = f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value + 0.0:#.3g}".rstrip(".")
         return text.replace("-", "−")
 
     def written(self, value: float) -> str:

@@ -71,6 +71,7 @@ def sweep(
     from gradreg.lab.data.places import found, standing_for
     from gradreg.lab.player import default_workers
     from gradreg.lab.sweep import folder as sweep_folder
+    from gradreg.lab.sweep.complete import check_complete
     from gradreg.lab.sweep.schedule import SweepSchedule
     from gradreg.lab.sweep.storage import Place
     from gradreg.lab.sweep.workers import Worker, should_batch, work_together
@@ -87,7 +88,7 @@ def sweep(
         sweep, place, folder = begun.sweep, begun.place, resume
         _check_same(asked, sweep, resume)
         is_batched = _engine(batched, sweep, begun.is_batched)
-        sweep_folder.check_complete(resume, begun)
+        check_complete(resume, begun.place, SweepSchedule(begun.sweep), begun.command)
         data = sweep.base.path, found(sweep.base, begun.ran_in, moved)
         _open(place, sweep)
     else:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from gradreg.lab.about import git_state, machine, versions
-from gradreg.lab.config import FIELDS, RunConfig, from_mapping
 from gradreg.lab.cost.steps import clock_for, make_step, paired_seconds
 from gradreg.lab.folder import BadInput, json_line, shown, write_json, write_text
 from gradreg.lab.metric import Metric
 from gradreg.lab.processes import resolve
-from gradreg.lab.records import Damaged, opened, read_record, sealed
+from gradreg.lab.records import Damaged, read_record, sealed
 from gradreg.lab.search import Range
 from gradreg.lab.sweep.journal import locked
 from gradreg.lab.sweep.plan import SETTINGS, Row, Sweep, axes, from_plan
@@ -100,36 +98,6 @@ def find(folder: Path, url: str | None) -> Begun:
     if url is None and known.count(":***@"):
         raise BadInput(f"--storage must be given again: the password of {known} is not stored in {name_of_it}.")
     return replace(begun, place=Place(name, url=url or known, grace=grace))
-
-
-def check_complete(folder: Path, begun: Begun) -> None:
-    """That the study still has every run that runs.jsonl, a copy of it, shows as finished: none is run twice.
-
-    Raises:
-        BadInput: it has lost some, and nothing was changed.
-    """
-    copied = set(_finished_in(folder / "runs.jsonl"))
-    if not copied:
-        return
-    known: set[tuple[RunConfig, str]] = set()
-    if begun.place.url is not None or (folder / "study.log").stat().st_size:
-        study = Study(begun.place)
-        schedule, board = SweepSchedule(from_plan(study.plan)), study.board()
-        jobs = [schedule.job(board.first[key].user_attrs["what"]) for key in board.results]
-        known = {(job.config, job.scored_on) for job in jobs}
-    if lost := len(copied - known):
-        raise BadInput(
-            f"the study {begun.place} has lost {lost} of the {len(copied)} finished runs in runs.jsonl: put back a "
-            f"copy of it, or begin another sweep in a new folder with: {begun.command}."
-        )
-
-
-def _finished_in(path: Path) -> Iterator[tuple[RunConfig, str]]:
-    """Configuration and part of each line that is whole."""
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        with suppress(ValueError, KeyError, TypeError, BadInput):
-            row = opened(line)
-            yield from_mapping({name: row[name] for name in FIELDS if name in row}), row["scored_on"]
 
 
 def conclude(folder: Path, place: Place) -> Row:
