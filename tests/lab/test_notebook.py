@@ -27,12 +27,12 @@ def test_the_example_runs_with_a_class_and_functions_of_the_notebook_s_own(execu
     errors = [o for cell in executed.cells for o in cell.get("outputs", []) if o["output_type"] == "error"]
     assert errors == []
     shown = [o for cell in executed.cells for o in cell.get("outputs", []) if "text/html" in o.get("data", {})]
-    assert "tuned SGD" in shown[0]["data"]["text/html"]
+    assert "tuned plain training" in shown[0]["data"]["text/html"]
 
 
 def test_the_exported_page_has_no_hundred_frames(executed):
     html, _ = nbconvert.HTMLExporter().from_notebook_node(executed)
-    assert "tuned SGD" in html
+    assert "tuned plain training" in html
     frames = re.findall(r"\d+ of \d+", html)
     assert len(frames) <= 3, frames
     assert "\x1b[" not in html

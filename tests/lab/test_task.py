@@ -397,7 +397,7 @@ def test_a_run_whose_code_raises_is_kept_as_failed(config):
 
     found = play(config(tensors(loss=broken)))
     assert math.isnan(found.score)
-    assert found.error.strip().endswith("ZeroDivisionError: no rows of that kind")
+    assert "ZeroDivisionError: no rows of that kind (test_task.py, line" in found.error.strip().splitlines()[-1]
     assert "Traceback" in found.error
 
 
@@ -566,3 +566,49 @@ def test_a_built_in_task_is_named_by_its_data(folder, capsys):
     assert "digits, MLP, clean labels" in capsys.readouterr().out
     assert cli.main(words("digits", "--data", "mnist1d", "--out", "b")) == 2
     assert "data must be left out with TASK, or be the same" in capsys.readouterr().err
+
+
+def test_a_window_of_micro_batches_is_one_call_for_plain_training_too(config):
+    from gradreg.lab.loop import Run
+
+    halves = [(X[:30], LABELS[:30]), (X[30:], LABELS[30:])]
+
+    def gradient(own, call):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        method = Run(config(tensors(), **own), "test").attach(model, torch.optim.SGD(model.parameters(), 0.1), 10)
+        loss = call(method, lambda batch: F.cross_entropy(model(batch[0]), batch[1]) / 2)
+        return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    for own in ({}, {"method": "Flooding", "level": 0.0}):
+        loss, together = gradient(own, lambda method, loss_fn: method.backward(loss_fn, halves))
+        whole, alone = gradient(own, lambda method, loss_fn: method.backward(lambda: 2 * loss_fn((X, LABELS))))
+        torch.testing.assert_close(together, alone)
+        torch.testing.assert_close(loss, whole)
+
+
+SHARED = nn.Linear(4, 2)
+MORE_REFUSED = [
+    ({"model": lambda: SHARED}, "model must make a model with weights of its own each time"),
+    ({"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}, r"optimizer must be a function of \(parameters, lr"),
+    ({"optimizer": torch.optim.LBFGS}, r"optimizer must be a function of .*weight_decay"),
+    ({"optimizer": lambda p, lr, weight_decay: 3}, "optimizer must make a torch.optim.Optimizer, got int"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MORE_REFUSED, ids=[str(k) for k in range(len(MORE_REFUSED))])
+def test_models_and_optimizers_that_would_fail_in_every_run_are_refused(changes, message, config):
+    with pytest.raises(BadInput, match=message):
+        tasks.check(config(Task(**{"model": net(2), "train": PART, "validation": PART, "test": PART, **changes})))
+
+
+def test_an_optimizer_option_beside_one_of_the_task_s_own_is_refused(config):
+    own = config(tensors(optimizer=torch.optim.AdamW), optimizer="adam")
+    with pytest.raises(BadInput, match="optimizer must be left out: the task makes an optimizer of its own"):
+        tasks.check(own)
+
+
+def test_an_error_is_told_by_the_line_of_the_user_s_own(folder, capsys):
+    (folder / "deep.py").write_text("import json\n\ndef task():\n    return json.loads('nothing')\n", encoding="utf-8")
+    assert cli.main(words("deep.py", "--out", "a")) == 2
+    assert "(deep.py, line 4)" in capsys.readouterr().err

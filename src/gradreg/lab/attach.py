@@ -27,10 +27,15 @@ Schedule = float | Callable[[int], float]
 
 
 class Backward(Protocol):
-    """Adds the gradient to `.grad` and returns L(θ), detached; `backward` runs the backward pass of a loss."""
+    """As `gradreg.GradientRegularizer.backward`: adds the gradient of the sum over batches, returns that sum."""
 
     def __call__(
-        self, loss_fn: LossFunction, batches: Sequence[Batch], /, *, backward: Callable[[Tensor], Any] = ...
+        self,
+        loss_fn: Callable[..., Tensor],
+        batches: Sequence[Batch] | None = None,
+        /,
+        *,
+        backward: Callable[[Tensor], Any] = ...,
     ) -> Tensor: ...
 
 
@@ -149,12 +154,19 @@ def _own(
 
 def _plainly(transform: Callable[[Tensor], Tensor]) -> Backward:
     def run(
-        loss_fn: LossFunction, batches: Sequence[Batch], /, *, backward: Callable[[Tensor], Any] = Tensor.backward
+        loss_fn: Callable[..., Tensor],
+        batches: Sequence[Batch] | None = None,
+        /,
+        *,
+        backward: Callable[[Tensor], Any] = Tensor.backward,
     ) -> Tensor:
-        (batch,) = batches
-        loss = loss_fn(batch)
-        backward(transform(loss))
-        return loss.detach()
+        total: Tensor | None = None
+        for arguments in [()] if batches is None else [(batch,) for batch in batches]:
+            loss = loss_fn(*arguments)
+            backward(transform(loss))
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total
 
     return run
 

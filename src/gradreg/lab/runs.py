@@ -29,7 +29,7 @@ from gradreg.lab.objective import Objective
 from gradreg.lab.randomness import seeded
 from gradreg.lab.rows import Rows
 from gradreg.lab.task import Loop, Task
-from gradreg.lab.tasks import task_of, trained
+from gradreg.lab.tasks import last_line, task_of, trained
 from gradreg.lab.train.trainer import Trainer, make_optimizer
 
 _ROWS = 500  # of the data, whose graph is kept at a time for the Hessian
@@ -91,7 +91,7 @@ def _guarded(job: Job) -> Result:
         raise
     except Exception as error:
         seconds = time.perf_counter() - started
-        lines = "".join(traceback.format_exception(error))
+        lines = "".join(traceback.format_exception(error)).rstrip() + f"\n{last_line(error)}\n"
         return Result(math.nan, math.nan, math.nan, [], True, seconds, error=lines)
 
 

@@ -103,7 +103,9 @@ class Task:
             if value is not None and not callable(value):
                 raise BadInput(f"{name} must be a function, got {type(value).__name__}.")
         if isinstance(self.model, nn.Module):
-            raise BadInput("model must be a function that makes a model with fresh weights, got a model: use a lambda.")
+            raise BadInput(
+                "model must be a function that makes a model with fresh weights, such as lambda: Net(), got one model."
+            )
         if self.score is None and self.higher_is_better:
             raise BadInput("higher_is_better must be left out without a score: of a loss lower is better.")
 
@@ -152,6 +154,9 @@ class Task:
             BadInput: a loss that is no scalar tensor, is not finite or does not depend on what trains; fewer rows
                 than a batch.
         """
+        own = {id(p) for p in model.parameters()}
+        if any(id(p) in own for p in self.build(0).parameters()):
+            raise BadInput("model must make a model with weights of its own each time, and gave the same twice.")
         if self.train.num_batches(batch_size) < 1:
             most = f"{len(self.train)} (the training rows)"
             raise BadInput(f"batch_size must be a whole number from 1 to {most}, got '{batch_size}'.")

@@ -20,8 +20,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import nn
+
+import gradreg
 from gradreg.lab import attach, objective
-from gradreg.lab.config import RunConfig
+from gradreg.lab.config import FIELDS, RunConfig
 from gradreg.lab.data import load
 from gradreg.lab.data.augment import augmented
 from gradreg.lab.data.parts import Split
@@ -93,7 +97,7 @@ def from_object(found: Any) -> Source:
         pickled = cloudpickle.dumps(task)
     except Exception as error:  # whatever the user's objects raise
         raise BadInput(
-            f"task must be one that can be sent to other processes: {_last_line(error)}; pass workers=1, or give Task "
+            f"task must be one that can be sent to other processes: {last_line(error)}; pass workers=1, or give Task "
             "functions that make what cannot be pickled."
         ) from error
     digest = hashlib.sha256(pickled).hexdigest()
@@ -114,13 +118,29 @@ def check(config: RunConfig) -> None:
         model = task.build(config.seed).to(device)
         try:
             task.check(model, device, config.batch_size)
+            _check_optimizer(config, task, model)
             found = objective.evaluate(model, task.validation, of=task.objective)
         except BadInput:
             raise
         except Exception as error:
-            raise BadInput(f"{config.file} must be a task that runs, and raised {_last_line(error)}.") from error
+            raise BadInput(f"{config.file} must be a task that runs, and raised {last_line(error)}.") from error
     if math.isnan(found.score):
         raise BadInput(f"score must be a number, got NaN from {task.metric.name} of the untrained model.")
+
+
+def _check_optimizer(config: RunConfig, task: Task, model: nn.Module) -> None:
+    if task.optimizer is None:
+        return
+    for name in ("optimizer", "momentum"):
+        if getattr(config, name) != FIELDS[name].default:
+            raise BadInput(f"{name} must be left out: the task makes an optimizer of its own.")
+    try:
+        made = task.optimizer(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    except Exception as error:
+        called = "(parameters, lr=…, weight_decay=…)"
+        raise BadInput(f"optimizer must be a function of {called}, and raised {last_line(error)}.") from error
+    if not isinstance(made, torch.optim.Optimizer):
+        raise BadInput(f"optimizer must make a torch.optim.Optimizer, got {type(made).__name__}.")
 
 
 def digest_of(reference: str | None) -> str | None:
@@ -177,7 +197,8 @@ def _source(reference: str) -> Source:
     source = _SOURCES.get(reference)
     if source is None:
         file = reference.split(":")[0]
-        raise BadInput(f"file must be a task that the command line names too, got {_short(reference)}: add {file}.")
+        way_out = f"add {file}, as TASK or --task"
+        raise BadInput(f"file must be a task that the command line names too, got {_short(reference)}: {way_out}.")
     return source
 
 
@@ -228,7 +249,7 @@ def _module(source: Source) -> ModuleType:
         if not isinstance(error, Exception):
             raise
         raise BadInput(
-            f"TASK must be a file that can be imported, got {source.path.name}: {_last_line(error)}."
+            f"TASK must be a file that can be imported, got {source.path.name}: {last_line(error)}."
         ) from error
     return module
 
@@ -248,14 +269,21 @@ def _called(function: Any, shown: str) -> Any:
     except BadInput as error:
         raise BadInput(f"{shown}: {error}") from error
     except Exception as error:
-        raise BadInput(f"{shown} must return a task, and raised {_last_line(error)}.") from error
+        raise BadInput(f"{shown} must return a task, and raised {last_line(error)}.") from error
 
 
-def _last_line(error: BaseException) -> str:
-    """`ValueError: no rows (mine.py, line 12)`."""
+def last_line(error: BaseException) -> str:
+    """`ValueError: no rows (mine.py, line 12)`: where the user's own code was, not that of a library."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if isinstance(error, SyntaxError):  # which says where
+        return text
     frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
+    own = [f for f in frames if not f.filename.startswith((*_LIBRARIES, "<")) and "site-packages" not in f.filename]
+    where = (own or frames)[-1:]
+    return text + "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in where)
+
+
+_LIBRARIES = (str(Path(gradreg.__file__).parent), str(Path(os.__file__).parent))
 
 
 def _short(text: str) -> str:

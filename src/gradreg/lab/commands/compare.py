@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,7 +111,8 @@ def compare(
         run.begin(plan, folder, place, _command(task, plan, storage, study), count, ())
     else:
         config = from_mapping(fields)
-        names = checked_methods(methods or DEFAULT_METHODS, by)
+        named = [name for word in methods or DEFAULT_METHODS for name in word.split(",") if name.strip()]
+        names = checked_methods(named, by)
         effort = Effort(**{k: v for k, v in {"trials": trials, "seeds": seeds}.items() if v is not None})
         plan = Plan(config, names, effort, seed, by, not no_opponent, digest_of(config.file) or "")
         run.check(plan)
@@ -121,6 +123,8 @@ def compare(
             print(*said, sep="\n")
         place = Place(study or _name(out), url=storage) if storage else None
         if place is not None:
+            if study is not None and not _is_there(place):
+                print(f"gradreg: there is no study {study} yet: it is begun here.", file=sys.stderr)
             run.open_study(place, plan)
         folder = new_folder(out, "compare")
         place = place or Place("compare", folder.resolve())
@@ -132,6 +136,8 @@ def compare(
         results = run.carry_out(plan, folder, place, count)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(again) from None
+    except run.Hopeless:
+        raise
     except (BadInput, OSError) as error:
         raise BadInput(f"{str(error).rstrip('.')}. {again[0].upper()}{again[1:]}") from error
     show(results, folder)

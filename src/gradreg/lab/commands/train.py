@@ -137,7 +137,7 @@ def _print_summary(config: RunConfig, results: dict[str, Any]) -> None:
     from gradreg.lab.tables import console, say
 
     settings = "".join(f", {name} {value:g}" for name, value in config.settings.items())
-    say(console(), f"{config.task}: {config.method}{settings}, {config.optimizer}, seed {config.seed}")
+    say(console(), f"{config.task}: {config.method}{settings}, {_optimizer(config)}, seed {config.seed}")
     end = "diverged" if results["diverged"] else "ended"
     print(f"{end} after {results['epochs']} epochs, {results['steps']} steps, {results['seconds']:g} s")
     metric = Metric.from_row(results["metric"])
@@ -150,3 +150,10 @@ def _print_summary(config: RunConfig, results: dict[str, Any]) -> None:
             f"No step had a loss below the level {config.level:g}: this is a run of SGD; a higher --level would flood."
         )
     print(f"Everything is in {results['folder']}.")
+
+
+def _optimizer(config: RunConfig) -> str:
+    from gradreg.lab.tasks import trained
+
+    own = config.file is not None and trained(config).optimizer is not None
+    return "its own optimizer" if own else config.optimizer

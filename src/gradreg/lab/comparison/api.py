@@ -194,7 +194,7 @@ class Comparison:
         else:
             row = next((row for row in self.rows if row["name"].lower() == method.lower()), None)
             if row is None:
-                names = ", ".join(row["name"] for row in self.rows)
+                names = ", ".join(repr(row["name"]) for row in self.rows)
                 raise BadInput(f"method must be one of {names}, got {method!a}.")
         text = report.snippet(self.results, row)
         return Choice(row["name"], row["learning_rate"], row["weight_decay"], row["settings"], text)
@@ -230,7 +230,10 @@ class Comparison:
         from gradreg.lab.folder import write_json, write_text
         from gradreg.lab.records import sealed
 
-        place = new_folder(Path(folder), "compare")
+        try:
+            place = new_folder(Path(folder), "compare")
+        except BadInput as error:
+            raise BadInput(str(error).replace("--out", "folder", 1)) from None
         write_json(place / "results.json", sealed(self.results))
         write_text(place / "runs.jsonl", self._runs)
         publish(report.page(self.results), place)

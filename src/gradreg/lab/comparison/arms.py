@@ -97,7 +97,7 @@ def arm_of(name: str, by: str) -> Arm:
     try:
         method = checked(FIELDS["method"], name)
     except BadInput as error:
-        raise BadInput(f"{str(error).replace('method', '--methods', 1).rstrip('.')}, or cheap.") from None
+        raise BadInput(str(error).replace("method must be one of", "--methods must be one of cheap,", 1)) from None
     if method == BASELINE:
         return Arm(BASELINE, method)
     if method in _STARTS:

@@ -20,6 +20,7 @@ from gradreg.lab.cost.steps import clock_for, make_step, paired_seconds
 from gradreg.lab.folder import BadInput, json_line, shown, write_json, write_text
 from gradreg.lab.processes import resolve
 from gradreg.lab.records import read_record, sealed
+from gradreg.lab.runs import record
 from gradreg.lab.search import Point
 from gradreg.lab.stats import median_ratio
 from gradreg.lab.sweep.board import Board
@@ -127,6 +128,16 @@ def _without_tracebacks(folder: Path, lines: list[Row]) -> list[Row]:
             line = {**line, "error": line["error"].strip().splitlines()[-1]}
         found.append(line)
     return found
+
+
+def keep_tracebacks(folder: Path, place: Place, schedule: ComparisonSchedule) -> int:
+    """Of the runs that failed so far, in failed/; how many there are."""
+    with Study(place) as study:
+        board = study.board()
+    whats = {key: board.first[key].user_attrs["what"] for key in board.results}
+    lines = [{**record(schedule.job(whats[key]), result)} for key, result in board.results.items()]
+    _without_tracebacks(folder, lines)
+    return sum(bool(line.get("error")) for line in lines)
 
 
 def _costs(schedule: ComparisonSchedule, board: Board) -> tuple[dict[str, Row], str]:

@@ -118,7 +118,7 @@ def configuration(results: Row, row: Row) -> Any:
 
 
 SCORES = (
-    "Test {metric} of each arm, mean and 95% interval over seeds; the dashed line is tuned SGD. A hollow marker says "
-    "that the paired difference to SGD may be zero."
+    "Test {metric} of each arm, mean and 95% interval over seeds; the dashed line is tuned plain training. A hollow "
+    "marker says that the paired difference to SGD may be zero."
 )
 COST = "The same over the cost of a step; what lies to the right must lie better to be worth it."

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from gradreg.lab import stats
-from gradreg.lab.comparison.arms import BASELINE, LONGER, Arm
+from gradreg.lab.comparison.arms import LONGER, Arm
 from gradreg.lab.comparison.schedule import TEST, VALIDATION, ComparisonSchedule
 from gradreg.lab.methods import METHODS
 from gradreg.lab.metric import Metric
@@ -125,12 +125,12 @@ def verdict(results: Row) -> str:
     numbers = f"{metric.name} {score(best['test'], metric)} against {score(plain['test'], metric)}, {apart}"
     cost = f", at {best['cost']['median']:.2g} times the cost of a step" if best.get("cost") else ""
     if best["verdict"] == stats.BETTER:
-        said = f"{named} is better than tuned {BASELINE} on {task}: {numbers}{cost}."
+        said = f"{named} is better than tuned plain training on {task}: {numbers}{cost}."
     elif best["verdict"] == stats.WORSE:
-        said = f"{named}, best on validation rows, is worse than tuned {BASELINE} on {task}: {numbers}{cost}."
+        said = f"{named}, best on validation rows, is worse than tuned plain training on {task}: {numbers}{cost}."
     else:
         said = (
-            f"No difference is shown between {named}, best on validation rows, and tuned {BASELINE} on {task}: "
+            f"No difference is shown between {named}, best on validation rows, and tuned plain training on {task}: "
             f"{numbers}{cost}."
         )
     return said + _beside_opponent(results, best, metric)
@@ -182,6 +182,12 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     if any(row["is_opponent"] for row in results["arms"]):
         said.append(f"{LONGER} is what the time of two passes buys without a penalty.")
     failed = [(row["name"], row["failed"]) for row in results["arms"] if row["failed"]]
+    for row in results["arms"]:
+        if row["diverged"]:
+            said.append(
+                f"{row['name']}: {row['diverged']} of its test runs diverged and count as they ended; with more "
+                "candidates, or a smaller learning rate to start from, the search may find settings that do not."
+            )
     for name, errors in failed:
         count = f"{len(errors)} run{plural(len(errors))}"
         said.append(f"{name}: {count} failed, the last with {errors[-1]}; tracebacks are in failed/.")

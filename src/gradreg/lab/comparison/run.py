@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gradreg.lab import tasks
 from gradreg.lab.batched import is_worthwhile
 from gradreg.lab.comparison import folder as folders
 from gradreg.lab.comparison.plan import LADDER, Effort, Plan, example
-from gradreg.lab.comparison.schedule import ComparisonSchedule
+from gradreg.lab.comparison.schedule import ALL_FAILED, ComparisonSchedule
 from gradreg.lab.folder import BadInput
 from gradreg.lab.runs import Job, run
 from gradreg.lab.sweep.storage import Place
@@ -55,6 +57,7 @@ def afforded(plan: Plan, seconds: float, workers: int) -> Afforded:
     Raises:
         BadInput: it does not pay for the least.
     """
+    torch.set_num_threads(1)  # as the workers have it
     of_a_run = seconds_of_a_run(plan)
     passes = sum(PASSES.get(arm.name, PASSES.get(arm.method, 2.0)) * arm.epochs for arm in plan.arms)
 
@@ -94,7 +97,8 @@ def seconds_of_a_run(plan: Plan) -> float:
 
     epochs = plan.base.epochs
     if isinstance(tasks.task_of(plan.base), Loop):
-        return took(epochs)
+        first = took(epochs)
+        return took(epochs) if first < 20 else first  # the first one imports
     first = took(1)
     if first > 20 or epochs <= 3:
         return first * epochs
@@ -117,13 +121,13 @@ def seconds_of(text: str) -> float:
     """
     units = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
     number = text.strip().lower().rstrip("smindh")
-    unit = text.strip().lower()[len(number) :] or "m"
+    unit = text.strip().lower()[len(number) :]
     try:
         value = float(number) * units[unit]
         if not 0 < value <= 90 * 86400:
             raise ValueError
     except (ValueError, KeyError):
-        raise BadInput(f"--budget must be a time above 0 such as 90s, 30m or 2h, got {text!a}.") from None
+        raise BadInput(f"--budget must be a time with its unit, such as 90s, 30m or 2h, got {text!a}.") from None
     return value
 
 
@@ -142,14 +146,27 @@ def open_study(place: Place, plan: Plan) -> None:
         pass
 
 
+class Hopeless(BadInput):
+    """Going on would come to the same."""
+
+
 def carry_out(plan: Plan, folder: Path, place: Place, workers: int) -> dict[str, Any]:
-    """Play all runs that are left, with others if there are; what results.json holds."""
+    """Play all runs that are left, with others if there are; what results.json holds.
+
+    Raises:
+        Hopeless: a task that has changed since, or whose every run fails.
+    """
     if plan.digest and plan.digest != tasks.digest_of(plan.base.file):  # of an object in hand there is none
-        raise BadInput(
-            f"TASK must be as it was when the comparison began, and {plan.base.file} has changed: begin anew."
-        )
+        raise Hopeless(f"TASK must be as it was when all began, and {plan.base.file} has changed: begin anew.")
     task = tasks.task_of(plan.base)
     stacks = not isinstance(task, Loop) and all(is_worthwhile(example(plan, arm)) for arm in plan.arms)
     schedule = ComparisonSchedule(plan, task.metric)
-    work_together(Worker(folder.resolve(), place, stacks, workers, tasks.sources()), schedule)
+    try:
+        work_together(Worker(folder.resolve(), place, stacks, workers, tasks.sources()), schedule)
+    except BadInput as error:
+        if ALL_FAILED not in str(error):
+            raise
+        count = folders.keep_tracebacks(folder, place, schedule)
+        kept = f"; {count} tracebacks are in {folder / 'failed'}" if count else ""
+        raise Hopeless(f"{str(error).rstrip('.')}{kept}.") from error
     return folders.conclude(folder, place, plan)

@@ -18,6 +18,8 @@ from gradreg.lab.sweep.board import Board, Entry
 from gradreg.lab.sweep.schedule import Schedule, Status, entry_of, key_of
 
 VALIDATION, TEST = "validation", "test"
+ALL_FAILED = "every run of"
+"""So begins what is said where nothing can be compared."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class ComparisonSchedule(Schedule):
         ]
         if runs and all(r is not None and all(run.error for run in r) for r in runs):
             last = (runs[-1] or [])[-1].error.strip().splitlines()[-1]
-            raise BadInput(f"every run of {self.arms[a].name} has failed, the last with {last[:200]}")
+            raise BadInput(f"{ALL_FAILED} {self.arms[a].name} has failed, the last with {last[:200]}")
         found = Progress(entries, None, tried)
         if asked or any(r is None for r in runs) or not points:
             return found

@@ -91,7 +91,11 @@ def lines_of(config: RunConfig) -> list[str]:
     for ours, own in _TO_OWN:
         step = step.replace(ours, own)
     rate = f"# learning rate {config.learning_rate:g}, weight decay {config.weight_decay:g}"
-    return ["import gradreg", "", rate, *_method(config), "", "# in each step, in place of loss.backward():", step]
+    if config.method == "SGD":
+        return [rate]
+    head = ["import gradreg", "", rate]
+    head += ["# num_steps: of the whole training"] if "num_steps" in " ".join(_method(config)) else []
+    return [*head, *_method(config), "", "# in each step, in place of loss.backward():", step]
 
 
 def _method(config: RunConfig) -> list[str]:
