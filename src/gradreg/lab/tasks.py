@@ -279,7 +279,7 @@ def last_line(error: BaseException) -> str:
         return text
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not f.filename.startswith((*_LIBRARIES, "<")) and "site-packages" not in f.filename]
-    where = (own or frames)[-1:]
+    where = (own or [f for f in frames if not f.filename.startswith("<")])[-1:]  # code that was sent here has none
     return text + "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in where)
 
 
