@@ -279,7 +279,8 @@ def last_line(error: BaseException) -> str:
         return text
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not f.filename.startswith((*_LIBRARIES, "<")) and "site-packages" not in f.filename]
-    where = (own or [f for f in frames if not f.filename.startswith("<")])[-1:]  # code that was sent here has none
+    was_sent = any(frame.filename.startswith("<") for frame in frames)  # such code has no line
+    where = own[-1:] or ([] if was_sent else frames[-1:])
     return text + "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in where)
 
 
