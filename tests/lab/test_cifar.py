@@ -86,7 +86,6 @@ def test_a_folder_that_holds_the_archive_will_do_and_load_finds_it(name, tmp_pat
     monkeypatch.setattr(cifar, name.upper(), archive)
     split = load(RunConfig(data=name, path=str(tmp_path), model="resnet18", batch_size=5, num_train=10, augment=True))
     assert split.train.x.shape == (10, 3, 32, 32)
-    assert split.is_image
     assert not split.is_language
 
 

@@ -23,7 +23,6 @@ def test_rows_are_text_and_labels_the_next_characters():
     assert spelled(split.train.x[0]).startswith("the ")
     assert split.num_classes == len(text._ALPHABET) == split.train.x.max() + 1
     assert split.is_language
-    assert not split.is_image
 
 
 def test_parts_share_no_text_and_more_rows_contain_the_fewer():

@@ -35,7 +35,6 @@ from gradreg.lab.tasks import trained as task_of
 from gradreg.lab.train import checkpoint
 from gradreg.lab.train.session import read
 
-PARTS = ("train", "validation", "test")
 CHUNK = 2**17
 """Input numbers in a batch: 42 images of 3×32×32; the graph of a gradient holds about three times a training step."""
 

@@ -60,11 +60,6 @@ class Split:
     """Of characters, for language."""
 
     @property
-    def is_image(self) -> bool:
-        """Rows are images (C, H, W), which may be shifted and mirrored."""
-        return self.train.x.ndim == 4
-
-    @property
     def is_language(self) -> bool:
         """Rows are characters, and each has a label."""
         return not self.train.x.is_floating_point()

@@ -225,7 +225,6 @@ class _Run:
         self.is_diverged = False
         self._best: float | None = None  # on validation rows
         self._clock = time.perf_counter()
-        self._saved = False
 
     def train(self, show: Show) -> Row | None:
         first_step, epochs = self.trainer.step, self.plan.config.epochs
