@@ -444,6 +444,15 @@ def test_a_task_that_does_not_run_is_refused_before_anything_is_made(changes, me
         tasks.check(config(task))
 
 
+def test_a_batch_is_100_rows_or_all_where_there_are_fewer():
+    parts = {"model": net(2), "validation": PART, "test": PART}
+    many = (X.repeat(2, 1), LABELS.repeat(2))
+    assert Task(train=PART, **parts).defaults == {"batch_size": 60}
+    assert Task(train=many, **parts).defaults == {}
+    assert Task(train=PART, batch_size=7, **parts).defaults == {"batch_size": 7}
+    assert Task(train=DataLoader(TensorDataset(*PART), batch_size=9), **parts).defaults == {}
+
+
 def test_checking_changes_nothing(config):
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

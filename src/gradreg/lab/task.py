@@ -23,6 +23,7 @@ from gradreg.lab.rows import Batch, Collate, moved, rows_of
 MakeOptimizer = Callable[..., Optimizer]
 Transform = Callable[[Batch, torch.Generator], Batch]
 
+_BATCH_SIZE = 100
 _SPLIT = (
     "split some of the training rows off, for example: train, validation = torch.utils.data.random_split(rows, "
     "[0.8, 0.2], torch.Generator().manual_seed(0))"
@@ -46,7 +47,7 @@ class Task:
         optimizer: makes the optimizer from `(parameters, lr=…, weight_decay=…)`: `torch.optim.AdamW` will do. By
             default the one that options name, SGD with momentum 0.9.
         epochs: passes over the training rows; as the next three a default that options and searches may change.
-        batch_size: rows in a step.
+        batch_size: rows in a step; 100, or all where there are fewer.
         learning_rate: the first, and highest, of a cosine schedule.
         weight_decay: as the optimizer applies it.
         collate: makes a batch of a list of examples (`collate_fn`), for Datasets.
@@ -96,7 +97,7 @@ class Task:
             data = getattr(self, part)
             if data is None:
                 raise BadInput(f"{part} must be given: {_SPLIT}.")
-            rows = rows_of(part, data, self.batch_size or 100, self.collate, self.num_workers)
+            rows = rows_of(part, data, self.batch_size or _BATCH_SIZE, self.collate, self.num_workers)
             object.__setattr__(self, part, rows)
         for name in ("model", "loss", "score", "optimizer", "collate", "transform"):
             value = getattr(self, name)
@@ -131,6 +132,8 @@ class Task:
     def defaults(self) -> dict[str, Any]:
         """The fields of a configuration that the task has a number for."""
         numbers = {name: getattr(self, name) for name in ("epochs", "batch_size", "learning_rate", "weight_decay")}
+        if self.batch_size is None and self.train.num_batches(_BATCH_SIZE) < 1:
+            numbers["batch_size"] = len(self.train)
         return {name: value for name, value in numbers.items() if value is not None}
 
     def build(self, seed: int) -> nn.Module:

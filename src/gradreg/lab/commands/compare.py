@@ -203,7 +203,10 @@ def _command(task: str | None, plan: Any, storage: str | None, name: str) -> str
     words += ["--seed", plan.first_seed] if plan.first_seed else []
     words += ["--by", plan.by] if plan.by != "ratio" else []
     words += [] if plan.has_opponent else ["--no-opponent"]
-    defaults = {**{name: spec.default for name, spec in FIELDS.items()}, **task_of(base).defaults}
+    defaults = {
+        **{name: spec.default for name, spec in FIELDS.items()},
+        **(task_of(base).defaults if base.file else {}),
+    }
     for field in (f for f in FIELDS if f not in OWN and f != "data"):
         value = getattr(base, field)
         if value != defaults[field]:
