@@ -1,6 +1,7 @@
 """The batched engine against runs of their own: the same results, in float64 to rounding."""
 
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -372,10 +373,21 @@ def test_the_global_random_state_is_left_alone(small):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_leaving_early_ends_the_threads(small):
+def test_leaving_early_ends_the_threads(small, monkeypatch):
+    train, asked, before = StackedRuns.run, [], set(threading.enumerate())
+
+    def noted(runs, should_stop):
+        asked.append(should_stop)
+        return train(runs, should_stop)
+
+    monkeypatch.setattr(StackedRuns, "run", noted)
     results = run_all_batched([Job(replace(TASK, seed=k, epochs=50)) for k in range(40)], workers=2)
     next(results)
+    assert set(threading.enumerate()) > before
+    assert not any(stops() for stops in asked)
     results.close()
+    assert set(threading.enumerate()) == before
+    assert all(stops() for stops in asked)
 
 
 def test_nothing_gives_nothing():

@@ -170,6 +170,9 @@ def test_the_terminal_is_told_the_same_and_where_the_page_is(tmp_path, capsys):
     said = capsys.readouterr().out.replace("\n", " ")
     assert said.startswith("One two.  - three  Four")
     assert str(tmp_path / "report.html") in said
+    assert "5 s. Page" in said
+    tell([], {"training_seconds": 7.2}, tmp_path)
+    assert "7 s of training. Page" in capsys.readouterr().out.replace("\n", " ")
 
 
 # Figures.

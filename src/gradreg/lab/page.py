@@ -109,7 +109,8 @@ def tell(blocks: Sequence[Block], results: Mapping[str, Any], folder: Path) -> N
         else:
             say(out, *(f"- {text}" for text in block.texts) if isinstance(block, Items) else str(block).split("\n"))
         say(out, "")
-    say(out, f"{results['seconds']:.0f} s. Page: {folder / 'report.html'}; figures and data beside it.")
+    seconds, of_what = _time(results)
+    say(out, f"{seconds:.0f} s{of_what}. Page: {folder / 'report.html'}; figures and data beside it.")
 
 
 def check_page(path: Path, made_by: str) -> None:
@@ -160,10 +161,18 @@ def code(text: object) -> str:
 def made(results: Mapping[str, Any]) -> str:
     """Where the numbers come from: command, date, machine and versions, as `about.provenance` has them."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    took = f"{results['seconds'] / 60:.1f} minutes" if results["seconds"] >= 100 else f"{results['seconds']:.0f} s"
-    return f"Made by {code(results['command'])} on {plain(results['date'])}, in {took}; " + plain(
+    seconds, of_what = _time(results)
+    took = f"{seconds / 60:.1f} minutes" if seconds >= 100 else f"{seconds:.0f} s"
+    return f"Made by {code(results['command'])} on {plain(results['date'])}, in {took}{of_what}; " + plain(
         f"{results['machine']}; {versions}."
     )
+
+
+def _time(results: Mapping[str, Any]) -> tuple[float, str]:
+    """Seconds from start to end; or, of runs that workers shared, whenever and wherever, of all together."""
+    if "training_seconds" in results:
+        return results["training_seconds"], " of training"
+    return results["seconds"], ""
 
 
 def _spans(text: str) -> Iterator[tuple[str, str, str]]:

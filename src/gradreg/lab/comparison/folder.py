@@ -106,7 +106,7 @@ def conclude(folder: Path, place: Place, plan: Plan) -> Row:
         costs, how_cost = _costs(schedule, board)
         results = {
             **read_record(folder / "config.json"),
-            "seconds": round(math.fsum(line["seconds"] for line in lines), 1),
+            "training_seconds": round(math.fsum(line["seconds"] for line in lines), 1),
             "num_runs": len(lines),
             "how_cost": how_cost,
             "arms": arm_rows(schedule, board, costs),

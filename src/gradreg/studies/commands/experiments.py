@@ -15,7 +15,8 @@ from gradreg.lab.commands.options import (
     switch,
     whole,
 )
-from gradreg.lab.folder import new_folder, write_json
+from gradreg.lab.folder import new_folder
+from gradreg.studies.commands.choices import show_choice
 from gradreg.studies.commands.seeds import consecutive
 
 
@@ -78,17 +79,7 @@ def tune(
     with interrupted_in(folder / "trials.jsonl"), progress_bar() as progress:
         chosen_seeds = range(FIRST_SEED + seed, FIRST_SEED + seed + seeds)
         choice = choose(list(TASKS.values()), chosen_seeds, folder, workers or default_workers(), progress)
-    if replace:
-        write_json(SHIPPED, choice)
-    for task, methods in choice["tasks"].items():
-        print(task)
-        for method, chosen in methods.items():
-            settings = ", ".join(f"{key} {value:g}" for key, value in chosen["settings"].items())
-            print(
-                f"  {method:9s} {chosen['validation_accuracy']:7.2%} on validation"
-                f"   lr {chosen['learning_rate']:g}, wd {chosen['weight_decay']:g}   {settings}"
-            )
-    print(f"Choice in {SHIPPED if replace else folder / 'demo.json'}, every run in {folder / 'trials.jsonl'}.")
+    show_choice(choice, folder / "demo.json", SHIPPED, replace)
 
 
 @app.command

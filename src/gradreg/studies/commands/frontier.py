@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 from gradreg.lab.commands.options import LAST_SEED, Out, Workers, Write, app, interrupted_in, switch, whole
-from gradreg.lab.folder import BadInput, new_folder, write_json
+from gradreg.lab.folder import BadInput, new_folder
+from gradreg.studies.commands.choices import show_choice
 from gradreg.studies.commands.seeds import consecutive
 
 
@@ -63,14 +64,4 @@ def _tune(seed: int, out: Path | None, workers: int, replaces: bool) -> None:
     folder = new_folder(out, "frontier-tune")
     with interrupted_in(folder / "trials.jsonl"), progress_bar() as progress:
         choice = tune(TASKS, MODES, folder, workers, progress, seed)
-    if replaces:
-        write_json(SHIPPED, choice)
-    for task, modes in choice["tasks"].items():
-        print(task)
-        for mode, chosen in modes.items():
-            settings = ", ".join(f"{key} {value:g}" for key, value in chosen["settings"].items())
-            print(
-                f"  {mode:32s} {chosen['validation_accuracy']:7.2%} on validation"
-                f"   lr {chosen['learning_rate']:g}, wd {chosen['weight_decay']:g}   {settings}"
-            )
-    print(f"Choice in {SHIPPED if replaces else folder / 'frontier.json'}, every run in {folder / 'trials.jsonl'}.")
+    show_choice(choice, folder / "frontier.json", SHIPPED, replaces)

@@ -17,7 +17,6 @@ and more for SGD, which is thus tuned at least as long. A method keeps its best 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -26,7 +25,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from gradreg.lab.about import versions
+from gradreg.lab.about import provenance
 from gradreg.lab.config import RunConfig, configure
 from gradreg.lab.folder import append_line, write_json
 from gradreg.lab.player import run_all
@@ -99,11 +98,8 @@ def tune(
     search("other methods", others)
     found = {**plain, **others}
     choice = {
-        "command": f"gradreg tune --seed {seeds[0] - FIRST_SEED} --seeds {len(seeds)}",
-        "date": time.strftime("%Y-%m-%d"),
+        **provenance(f"gradreg tune --seed {seeds[0] - FIRST_SEED} --seeds {len(seeds)}", workers, threads=1),
         "seconds": round(time.perf_counter() - started),
-        "machine": f"CPU cores: {os.cpu_count()}, processes: {workers}",
-        "versions": versions(),
         "seeds": list(seeds),
         "tasks": {task: {method: _choice(found[task, method], len(seeds)) for method in GRIDS} for task in by_name},
     }

@@ -16,7 +16,6 @@ The seeds are never those of the study.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -25,7 +24,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from gradreg.lab.about import versions
+from gradreg.lab.about import provenance
 from gradreg.lab.config import RunConfig
 from gradreg.lab.folder import append_line, write_json
 from gradreg.lab.player import play
@@ -118,11 +117,8 @@ def tune(
 
     seeds = list(range(first, first + SEEDS + FINAL_SEEDS))
     choice = {
-        "command": f"gradreg frontier --tune --seed {seed}",
-        "date": time.strftime("%Y-%m-%d"),
+        **provenance(f"gradreg frontier --tune --seed {seed}", threads=workers),
         "seconds": round(time.perf_counter() - started),
-        "machine": f"CPU cores: {os.cpu_count()}, threads: {workers}",
-        "versions": versions(),
         "seeds": seeds,
         "tasks": {task: {name: _chosen(searches[task, name]) for name in modes} for task in tasks},
     }
