@@ -3,6 +3,7 @@
 import math
 import random
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -594,6 +595,23 @@ def test_a_window_of_micro_batches_is_one_call_for_plain_training_too(config):
         whole, alone = gradient(own, lambda method, loss_fn: method.backward(lambda: 2 * loss_fn((X, LABELS))))
         torch.testing.assert_close(together, alone)
         torch.testing.assert_close(loss, whole)
+
+
+@pytest.mark.parametrize("method", ["F-GR", "B-GR", "Central", "DB"])
+def test_without_a_penalty_every_method_is_plain_training_bit_for_bit(method, config):
+    """Line 1 of the contract, for a task, through what the weights, BatchNorm and the masks of dropout lead to."""
+
+    def model():
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 2))
+
+    def found(**own):
+        task = tensors(epochs=2, score=lambda outputs, targets: outputs.double().norm().item())
+        result = play(config(replace(task, model=model), **own))
+        assert not result.error
+        return result.score
+
+    epsilon = {} if method == "DB" else {"epsilon": 0.1}
+    assert found() == found(method=method, gamma=0.0, **epsilon) != found(method=method, gamma=0.1, **epsilon)
 
 
 SHARED = nn.Linear(4, 2)
