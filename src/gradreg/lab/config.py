@@ -18,10 +18,22 @@ from gradreg.lab.names import meant, one_of, suggestion
 DATA = ("mnist1d", "digits", "fashion-mnist", "cifar10", "cifar100", "idx", "images", "hub", "text")
 MODELS = ("mlp", "cnn", "resnet18", "wideresnet", "vit", "gpt")
 ASCENTS = ("gradient", "normalized", "adaptive", "momentum", "previous")
+ACTIVATIONS = ("relu", "silu")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
-BUILT_IN = ("data", "path", "num_train", "random_labels", "augment", "model", "depth", "width")
+BUILT_IN = (
+    "data",
+    "path",
+    "num_train",
+    "random_labels",
+    "augment",
+    "shrink",
+    "model",
+    "depth",
+    "width",
+    "activation",
+)
 """The fields that make a built-in task; a task of the user's own has none of them."""
 SETTINGS = ("gamma", "ratio", "epsilon", "rho", "level")
 """The fields of which a method needs some and refuses the others."""
@@ -74,9 +86,11 @@ class RunConfig:
     num_train: int | None = _whole(None, 2, 10**9, "Training rows; by default all that there are.")
     random_labels: float = _number(0.0, 0, 0.9, "Share of the training labels that are replaced by another class.")
     augment: bool = _switch("Shift and mirror the training images, as in the paper.")
+    shrink: int = _whole(1, 1, 64, "Side of the squares of pixels that images are averaged over.")
     model: str = _choice("mlp", MODELS, "Model.")
     depth: int | None = _whole(None, 1, 1000, "Layers or blocks; by default the model's own.")
     width: int | None = _whole(None, 1, 65536, "Units, channels or features; by default the model's own.")
+    activation: str = _choice("relu", ACTIVATIONS, "Of mlp, cnn, resnet18 and wideresnet; silu is smooth.")
     method: str = _choice("SGD", METHODS, "What the optimizer is given in the place of the gradient.")
     gamma: float | None = _number(None, 0, 1e6, "Strength γ of the penalty.")
     ratio: float | None = _number(None, 0, 1e3, "Penalty ratio that γ shall follow, in place of gamma.", above=True)

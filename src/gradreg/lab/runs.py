@@ -15,8 +15,10 @@ import time
 import traceback
 import warnings
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -52,6 +54,8 @@ class Job:
     """Random vectors to estimate the trace of the Hessian with, at the end; 0 does not."""
     carries: bool = False
     """Use the last penalty again in the steps between, in proportion to ‖∇L‖; in a stack only."""
+    weights: Path | None = None
+    """Takes what the model holds at the end, a safetensors file; not in a stack."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,8 @@ def _run(job: Job, task: Task) -> Result:
 
     last = measure(model, task.train, of)
     trace.append({"step": trainer.num_steps, **last})
+    if job.weights is not None:
+        save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, job.weights)
     scored = {"test": task.test, "validation": task.validation}[job.scored_on]
     diverged = not math.isfinite(last["train_loss"])
     found = objective.evaluate(model, scored, of=of)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from gradreg.lab.config import FIELDS, RunConfig, checked
+from gradreg.lab.config import BUILT_IN, FIELDS, RunConfig, checked
 from gradreg.lab.folder import BadInput
 from gradreg.lab.methods import METHODS
 from gradreg.lab.search import Climb, Point, beside, rounded, shrinking
+from gradreg.lab.words import SYMBOLS
 
 BASELINE = "SGD"
 """The name of plain training, whatever the task's optimizer."""
@@ -56,6 +57,13 @@ class Arm:
     epochs: int = 1
     """Times those of the task."""
     is_opponent: bool = False
+    held: str = ""
+    """Fields that a user holds, as the command line has them: `:epsilon=0.01`."""
+
+    @property
+    def word(self) -> str:
+        """From which `arm_of` makes it again."""
+        return f"{self.name.split(', ')[0]}{self.held}"
 
     def config(self, base: RunConfig, point: Point, seed: int) -> RunConfig:
         """A run of it."""
@@ -85,12 +93,15 @@ def arm_of(name: str, by: str) -> Arm:
     """The arm of a method's name, in any spelling that a configuration takes, or of `cheap`.
 
     Args:
-        name: of the method.
+        name: of the method; `F-GR:epsilon=0.01` holds a field, which is then not searched for.
         by: what is searched for where it may be either, `ratio` or `gamma`.
 
     Raises:
         BadInput: no such method.
     """
+    name, *held = name.split(":")
+    if held:
+        return _holding(arm_of(name, by), held)
     if name.lower() == CHEAP:
         settings = _grid(**{by: (0.03, 0.1)}, epsilon=(0.5,), lookahead=(0.03, 0.3))
         return Arm(CHEAP, "F-GR", settings, {"fraction": 0.1, "period": 3})
@@ -107,6 +118,22 @@ def arm_of(name: str, by: str) -> Arm:
         return Arm(method, method, _BY_RATIO if by == "ratio" else _BY_GAMMA)
     tried = {"gamma": (0.03, 0.1, 0.3), "epsilon": (0.1, 0.5), "rho": (0.02, 0.1, 0.5), "level": (0.05, 0.2)}
     return Arm(method, method, _grid(**{need: tried[need] for need in needs}))
+
+
+def _holding(arm: Arm, held: Sequence[str]) -> Arm:
+    """With fields at values of their own in all that it tries."""
+    fields: dict[str, Any] = {}
+    for word in held:
+        name, equals, value = word.partition("=")
+        if not equals or name not in FIELDS or name in ("method", "seed", "epochs", *BUILT_IN):
+            raise BadInput(f"--methods must hold fields of a method, such as F-GR:epsilon=0.01, got {word!a}.")
+        fields[name] = checked(FIELDS[name], value)
+    decided = {*fields, *(("gamma", "ratio") if {"gamma", "ratio"} & set(fields) else ())}
+    free = [{name: value for name, value in point.items() if name not in decided} for point in arm.settings]
+    settings = tuple({tuple(point.items()): point for point in free}.values())
+    own = ", ".join(f"{SYMBOLS.get(name, name)} {value}" for name, value in fields.items())
+    text = "".join(f":{name}={value}" for name, value in fields.items())
+    return replace(arm, name=f"{arm.name}, {own}", settings=settings, fixed={**arm.fixed, **fields}, held=text)
 
 
 def longer() -> Arm:

@@ -37,6 +37,12 @@ class Effort:
     """Candidates that are tried again, since the best of many was also lucky."""
     final_seeds: int = 2
     """Further seeds of a finalist."""
+    search_epochs: int = 0
+    """Of a candidate's first runs, after which the finalists alone are trained for all epochs; 0 trains all for all."""
+
+    def __post_init__(self) -> None:
+        if self.search_epochs and not (self.finalists and self.final_seeds):
+            raise BadInput("search_epochs must be 0 without finalists, which train for all epochs.")
 
     @property
     def runs(self) -> int:
@@ -73,6 +79,8 @@ class Plan:
     has_opponent: bool = True
     digest: str = ""
     """Of the user's file: all workers must have the same."""
+    keeps_models: bool = False
+    """Whether the weights at the end of each test run are kept in the folder."""
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -105,6 +113,7 @@ class Plan:
             "by": self.by,
             "has_opponent": self.has_opponent,
             "digest": self.digest,
+            "keeps_models": self.keeps_models,
         }
 
     @classmethod
@@ -114,20 +123,21 @@ class Plan:
             BadInput: not the plan of a comparison, or a damaged one.
         """
         try:
-            effort = Effort(**{name: int(row[name]) for name in asdict(Effort())})
+            effort = Effort(**{name: int(row.get(name, 0)) for name in asdict(Effort())})
             rest = {name: row[name] for name in ("first_seed", "by", "has_opponent", "digest")}
+            rest["keeps_models"] = row.get("keeps_models", False)
             return cls(from_mapping(row["base"], "base"), tuple(row["methods"]), effort, **rest)
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"the plan must be that of a comparison, and has no good {error}.") from None
 
 
 def checked_methods(names: Sequence[str], by: str) -> tuple[str, ...]:
-    """Names of arms besides the baseline, each once, as the tables have them.
+    """Words of arms besides the baseline, each once.
 
     Raises:
         BadInput: none, or no such method.
     """
-    found = dict.fromkeys(arm_of(name, by).name for name in names)
+    found = dict.fromkeys(arm_of(name, by).word for name in names)
     found.pop(BASELINE, None)
     if not found:
         raise BadInput("--methods must name at least one method besides SGD, with which all are compared.")

@@ -39,7 +39,7 @@ def arm_rows(schedule: ComparisonSchedule, board: Board, costs: Mapping[str, Row
         k = [point for point, _ in found.tried].index(found.choice)
         name = f"{a}-{k}"
         test = [results[key_of(name, seed, TEST)] for seed in plan.seeds]
-        seeds = (*plan.search_seeds, *plan.final_seeds)
+        seeds = plan.final_seeds if plan.effort.search_epochs else (*plan.search_seeds, *plan.final_seeds)
         chosen = [r for seed in seeds if (r := results.get(key_of(name, seed, VALIDATION))) is not None]
         scores = [result.score for result in test]
         row = {
@@ -167,7 +167,10 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     seeds = results["seeds"]
     way = "higher" if metric.higher_is_better else "lower"
     tried = f"{plan['trials']} candidates on {plan['search_seeds']} seed{plural(plan['search_seeds'])}"
-    if plan["final_seeds"] and plan["finalists"]:
+    if plan.get("search_epochs"):
+        tried += f" for {plan['search_epochs']} epochs"
+        tried += f", the best {plan['finalists']} for all on {plan['final_seeds']} more"
+    elif plan["final_seeds"] and plan["finalists"]:
         tried += f", the best {plan['finalists']} again on {plan['final_seeds']} more"
     unit = "percent" if metric.is_share else "the unit of the score"
     said = [

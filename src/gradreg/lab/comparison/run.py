@@ -159,7 +159,11 @@ def carry_out(plan: Plan, folder: Path, place: Place, workers: int) -> dict[str,
     if plan.digest and plan.digest != tasks.digest_of(plan.base.file):  # of an object in hand there is none
         raise Hopeless(f"TASK must be as it was when all began, and {plan.base.file} has changed: begin anew.")
     task = tasks.task_of(plan.base)
-    stacks = not isinstance(task, Loop) and all(is_worthwhile(example(plan, arm)) for arm in plan.arms)
+    stacks = (
+        not isinstance(task, Loop)
+        and not plan.keeps_models
+        and all(is_worthwhile(example(plan, arm)) for arm in plan.arms)
+    )
     schedule = ComparisonSchedule(plan, task.metric)
     try:
         work_together(Worker(folder.resolve(), place, stacks, workers, tasks.sources()), schedule)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,13 +14,19 @@ from gradreg.lab.comparison.plan import Plan
 from gradreg.lab.folder import BadInput
 from gradreg.lab.metric import Metric
 from gradreg.lab.runs import Job, Result
-from gradreg.lab.search import Climb, Point, replayed
+from gradreg.lab.search import Climb, Point, Scores, replayed
 from gradreg.lab.sweep.board import Board, Entry
 from gradreg.lab.sweep.schedule import Schedule, Status, entry_of, key_of
 
 VALIDATION, TEST = "validation", "test"
 ALL_FAILED = "every run of"
 """So begins what is said where nothing can be compared."""
+
+
+def weights_name(arm: Arm, seed: int) -> str:
+    """File of what an arm's model holds at the end of a test run."""
+    name = arm.word if arm.held else arm.name
+    return f"{re.sub('[^A-Za-z0-9.-]+', '-', name)}-{seed}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class ComparisonSchedule(Schedule):
         asked = replayed(search, [(p, None if r is None else self._worths(r)) for p, r in tried])
         everything = [*points, *asked]
         entries = [
-            entry_of(f"{a}-{k}", point, seed, VALIDATION, arm=a)
+            entry_of(f"{a}-{k}", point, seed, VALIDATION, arm=a, epochs=plan.effort.search_epochs)
             for seed in plan.search_seeds
             for k, point in enumerate(everything)
         ]
@@ -90,7 +97,8 @@ class ComparisonSchedule(Schedule):
         return self._final(a, search, found, results)
 
     def _final(self, a: int, search: Climb, found: Progress, results: Mapping[str, Result]) -> Progress:
-        """The best again on other seeds, since the best of many was also lucky."""
+        """The best again on other seeds, since the best of many was also lucky; on these alone, if they are longer."""
+        scores = Scores() if self.plan.effort.search_epochs else search
         points, seeds, is_over = [point for point, _ in found.tried], self.plan.final_seeds, True
         entries = list(found.entries)
         for point in search.finalists(self.plan.effort.finalists) if seeds else ():
@@ -99,8 +107,8 @@ class ComparisonSchedule(Schedule):
             runs = self._runs(name, seeds, results)
             is_over = is_over and runs is not None
             if runs is not None:
-                search.tell(point, self._worths(runs))
-        return Progress(entries, search.choice() if is_over else None, found.tried)
+                scores.tell(point, self._worths(runs))
+        return Progress(entries, scores.choice() if is_over else None, found.tried)
 
     def _entered(self, a: int, board: Board) -> list[Point]:
         """The points of an arm that are in the study, in order."""
@@ -132,8 +140,15 @@ class ComparisonSchedule(Schedule):
 
     def job(self, what: Mapping[str, Any]) -> Job:
         """Curves are recorded in the test runs alone."""
-        config = self.arms[what["arm"]].config(self.base, what["point"], what["seed"])
+        arm = self.arms[what["arm"]]
+        epochs = what.get("epochs") or self.base.epochs
+        config = arm.config(replace(self.base, epochs=epochs), what["point"], what["seed"])
         return Job(config, what["scored_on"], 10 if what["scored_on"] == TEST else 0)
+
+    def weights(self, what: Mapping[str, Any]) -> str:
+        if not self.plan.keeps_models or what["scored_on"] != TEST:
+            return ""
+        return weights_name(self.arms[what["arm"]], what["seed"])
 
     def line(self, what: Mapping[str, Any]) -> dict[str, Any]:
         return {"arm": self.arms[what["arm"]].name}

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import cifar, idx, images, text
@@ -47,6 +48,8 @@ def load(config: RunConfig) -> Split:
         raise BadInput(f"path must be given with data {name}: {_WHAT_IS_AT_PATH[name]}.")
     if config.augment and name not in IMAGES:
         raise BadInput(f"augment must be false with data {name}: only images ({', '.join(IMAGES)}) are augmented.")
+    if config.shrink > 1 and name not in IMAGES:
+        raise BadInput(f"shrink must be 1 with data {name}: only images ({', '.join(IMAGES)}) are averaged.")
     if config.random_labels and name == "text":
         raise BadInput(f"random_labels must be 0 with data text, got {config.random_labels:g}.")
     if name in GENERATED and config.num_train is not None:
@@ -63,7 +66,7 @@ def load(config: RunConfig) -> Split:
     train = everything.train[:rows]
     if config.random_labels:
         train = Part(train.x, with_random_labels(train.y, config.random_labels, config.seed, everything.num_classes))
-    return Split(train, everything.validation, everything.test, everything.num_classes)
+    return _averaged(replace(everything, train=train), config.shrink)
 
 
 def _check_rows(config: RunConfig, rows: int, most: int) -> None:
@@ -72,6 +75,18 @@ def _check_rows(config: RunConfig, rows: int, most: int) -> None:
             f"num_train must be a whole number from {config.batch_size} (the batch size) to {most} "
             f"(the training rows of {config.data}), got '{rows}'."
         )
+
+
+def _averaged(split: Split, side: int) -> Split:
+    """Images in which each pixel is the mean over a square of the given side; what is left over at the edges goes."""
+    if side == 1:
+        return split
+    height, width = split.train.x.shape[-2:]
+    if side > min(height, width):
+        raise BadInput(f"shrink must be from 1 to {min(height, width)} for images of {height}×{width}, got '{side}'.")
+    parts = (split.train, split.validation, split.test)
+    train, validation, test = (Part(avg_pool2d(part.x, side), part.y) for part in parts)
+    return replace(split, train=train, validation=validation, test=test)
 
 
 def with_random_labels(y: Tensor, share: float, seed: int, num_classes: int = 10) -> Tensor:

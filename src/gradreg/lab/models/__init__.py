@@ -24,7 +24,19 @@ def build(config: RunConfig, data: Split) -> nn.Module:
     """
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(config.seed)
-        return MODELS[config.model].make(config, data)
+        return _activated(MODELS[config.model].make(config, data), config)
+
+
+def _activated(model: nn.Module, config: RunConfig) -> nn.Module:
+    """With the activation of the configuration in the place of ReLU."""
+    if config.activation == "relu":
+        return model
+    found = [(m, name) for m in model.modules() for name, child in m.named_children() if isinstance(child, nn.ReLU)]
+    if not found:
+        raise BadInput(f"activation must be left out with model {config.model}, which has GELU, got 'silu'.")
+    for module, name in found:
+        setattr(module, name, nn.SiLU())
+    return model
 
 
 @dataclass(frozen=True)
@@ -85,10 +97,10 @@ def wideresnet(config: RunConfig, data: Split) -> nn.Module:
 
 
 def vit(config: RunConfig, data: Split) -> nn.Module:
-    """A vision transformer of `depth` 6 and `width` 128, on patches that cut the shorter side in 8 or little more."""
+    """A vision transformer of `depth` 6 and `width` 128, on patches that cut the shorter side in about 8."""
     before, channels, size = _images(data)
-    most = max(1, min(size) // 8)
-    patch = next(side for side in range(most, 0, -1) if not size[0] % side and not size[1] % side)
+    sides = [side for side in range(1, min(size) + 1) if not size[0] % side and not size[1] % side]
+    patch = min(sides, key=lambda side: abs(min(size) / side - 8))
     return _after(before, ViT(channels, size, data.num_classes, patch, _width(config, 128), config.depth or 6))
 
 

@@ -6,7 +6,6 @@ normal initialization over outgoing connections (He et al., 2015), as both paper
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -19,6 +18,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = _conv3(channels, channels)
         self.bn2 = nn.BatchNorm2d(channels)
+        self.activation = nn.ReLU()
         self.shortcut = nn.Sequential()
         if stride != 1 or channels_in != channels:
             self.shortcut = nn.Sequential(
@@ -26,8 +26,8 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        out = self.activation(self.bn1(self.conv1(x)))
+        return self.activation(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
 class PreactivationBlock(nn.Module):
@@ -42,13 +42,14 @@ class PreactivationBlock(nn.Module):
         self.conv1 = _conv3(channels_in, channels, stride)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv2 = _conv3(channels, channels)
+        self.activation = nn.ReLU()
         self.shortcut: nn.Module | None = None
         if stride != 1 or channels_in != channels:
             self.shortcut = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        active = F.relu(self.bn1(x))
-        out = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        active = self.activation(self.bn1(x))
+        out = self.conv2(self.activation(self.bn2(self.conv1(active))))
         return out + (x if self.shortcut is None else self.shortcut(active))
 
 

@@ -54,6 +54,11 @@ class Schedule(ABC):
     @abstractmethod
     def status(self, board: Board) -> Status: ...
 
+    def weights(self, what: Mapping[str, Any]) -> str:
+        """Name of the file that takes the weights at the end of a run; empty if none does."""
+        del what
+        return ""
+
     def line(self, what: Mapping[str, Any]) -> Row:
         """What a line of runs.jsonl says besides the run."""
         del what

@@ -26,7 +26,7 @@ from gradreg.lab.folder import BadInput, append_line
 from gradreg.lab.player import play, run_all, without_main
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.records import sealed
-from gradreg.lab.runs import record
+from gradreg.lab.runs import Job, record
 from gradreg.lab.sweep.board import ERROR
 from gradreg.lab.sweep.plan import Sweep, from_plan
 from gradreg.lab.sweep.schedule import Schedule, Status, SweepSchedule
@@ -38,6 +38,8 @@ STACKS = 4
 """That a worker takes at a time."""
 SHARES = 2
 """Into which the work of each worker is divided, so that they end together."""
+MODELS = "models"
+"""Takes the weights of runs, beside runs.jsonl."""
 PAUSE = 0.5  # seconds between looks at what others do
 
 
@@ -110,7 +112,7 @@ def _batch_size(schedule: Schedule, worker: Worker) -> int:
 def _play(study: Study, schedule: Schedule, worker: Worker) -> None:
     """Run what is held; each result is kept as soon as it is there."""
     whats = {key: trial.user_attrs["what"] for key, trial in study.held.items()}
-    jobs = {key: schedule.job(what) for key, what in whats.items()}
+    jobs = {key: _keeping(schedule.job(what), worker.folder, schedule.weights(what)) for key, what in whats.items()}
     keys, todo = list(jobs), list(jobs.values())
     runs = play(todo, 1) if worker.is_batched else run_all(todo, workers=1)
     with study.alive(), closing(runs) as results:
@@ -124,6 +126,14 @@ def _play(study: Study, schedule: Schedule, worker: Worker) -> None:
             raise  # this machine cannot run it, another may
         except Exception as error:  # what a run may meet: no memory left, a method that the model does not bear
             study.release(f"{ERROR}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def _keeping(job: Job, folder: Path, name: str) -> Job:
+    """With its weights in the folder, if it has a name for them."""
+    if not name:
+        return job
+    (folder / MODELS).mkdir(exist_ok=True)
+    return replace(job, weights=folder / MODELS / name)
 
 
 def work_together(worker: Worker, schedule: Schedule) -> None:
