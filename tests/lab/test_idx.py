@@ -68,6 +68,18 @@ def test_four_files_are_three_parts(tmp_path, compressed):
     assert build(config(tmp_path), split)(split.test.x).shape == (TEST, 4)
 
 
+def test_images_are_averaged_over_squares(tmp_path):
+    write(tmp_path, arrays())
+    whole, small = load(config(tmp_path)), load(config(tmp_path, shrink=4))
+    for part in ("train", "validation", "test"):
+        before, after = getattr(whole, part), getattr(small, part)
+        assert after.x.shape == (len(before), 1, 1, 1)  # 6 pixels hold one square of 4
+        torch.testing.assert_close(after.x[:, 0, 0, 0], before.x[:, 0, :4, :4].mean((1, 2)))
+        assert torch.equal(before.y, after.y)
+    with pytest.raises(BadInput, match="shrink must be from 1 to 6 for images of 6×6, got '7'"):
+        load(config(tmp_path, shrink=7))
+
+
 def test_labels_that_begin_at_one_are_counted_from_zero(tmp_path):
     files = arrays(first=1)
     write(tmp_path, {name.replace("t10k", "test"): x for name, x in files.items()}, prefix="emnist-letters-")
