@@ -25,6 +25,8 @@ from gradreg.lab.config import RunConfig
 from gradreg.lab.metric import ACCURACY, Metric
 from gradreg.lab.records import read_record
 from gradreg.lab.sweep import workers as workers_module
+from gradreg.lab.sweep.storage import Place
+from gradreg.lab.sweep.study import Study
 from gradreg.lab.tables import WIDTH
 
 QUICK = {"trials": 6, "seeds": 3, "workers": 1}
@@ -533,6 +535,21 @@ def test_others_join_by_a_database(here, capsys):
     assert ended(here / "a") == ended(here / "b")
     assert cli.main([*words, "--trials", "3", "--out", "c"]) == 2
     assert "trials differs" in capsys.readouterr().err
+
+
+def test_what_an_earlier_version_began_goes_on(tmp_path):
+    """It knew fewer fields."""
+    plan = Plan(RunConfig(data="digits"))
+    row = json.loads(json.dumps(plan.as_row()))
+    del row["base"]["shrink"], row["base"]["activation"]
+    assert not {"search_epochs", "keeps_models"} & set(row)
+    assert Plan.from_row(row) == plan
+    place = Place("compare", tmp_path)
+    with Study(place, row):
+        pass
+    run.open_study(place, plan)
+    with pytest.raises(BadInput, match="base differs"):
+        run.open_study(place, Plan(RunConfig(data="digits", activation="silu")))
 
 
 def test_models_of_the_test_are_kept(here, capsys):

@@ -103,8 +103,8 @@ class Plan:
         return tuple(range(self.first_seed, self.first_seed + self.effort.seeds))
 
     def as_row(self) -> dict[str, Any]:
-        """As JSON: what is compared on resuming, and `from_row` reads."""
-        return {
+        """As JSON: what is compared on resuming, and `from_row` reads. What came later is there only if it is set."""
+        row = {
             "kind": KIND,
             "base": asdict(self.base),
             "methods": list(self.methods),
@@ -115,6 +115,7 @@ class Plan:
             "digest": self.digest,
             "keeps_models": self.keeps_models,
         }
+        return {name: value for name, value in row.items() if value or name not in ("search_epochs", "keeps_models")}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Plan:
