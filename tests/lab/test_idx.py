@@ -1,11 +1,9 @@
 """IDX files: MNIST and its kin, small ones made here; whatever is not whole is refused by name."""
 
-import gzip
-import struct
-
 import numpy as np
 import pytest
 import torch
+from idx_files import encoded, write
 
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import idx, load
@@ -21,10 +19,6 @@ def _no_cache():
     idx._read.cache_clear()
 
 
-def encoded(array, kind=8):
-    return bytes((0, 0, kind, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-
-
 def arrays(num_classes=4, first=0):
     dice = np.random.default_rng(0)
     made = {}
@@ -32,16 +26,6 @@ def arrays(num_classes=4, first=0):
         made[f"{part}-images-idx3-ubyte"] = dice.integers(0, 256, (count, SIDE, SIDE), dtype=np.uint8)
         made[f"{part}-labels-idx1-ubyte"] = (np.arange(count) % num_classes + first).astype(np.uint8)
     return made
-
-
-def write(folder, files, compressed=True, prefix=""):
-    folder.mkdir(exist_ok=True, parents=True)
-    for name, array in files.items():
-        content = array if isinstance(array, bytes) else encoded(array)
-        if compressed:
-            (folder / f"{prefix}{name}.gz").write_bytes(gzip.compress(content))
-        else:
-            (folder / f"{prefix}{name}").write_bytes(content)
 
 
 def config(path, **fields):
