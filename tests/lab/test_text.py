@@ -38,9 +38,9 @@ def subjects_and_verbs(sentence):
     """Pairs (noun, verb) of a whole sentence, by the brackets that "that" and verbs are."""
     nouns, pairs = [], []
     for word in sentence.split():
-        if word.rstrip("s") in text._NOUNS:
+        if word.rstrip("s") in text.NOUNS:
             nouns.append(word)
-        elif word.rstrip("s") in text._VERBS:
+        elif word.rstrip("s") in text.VERBS:
             pairs.append((nouns.pop(), word))
     assert not nouns
     return pairs

@@ -22,13 +22,14 @@ from gradreg.lab.data.parts import Part, Split
 
 LENGTH = 64
 """Characters in a row; each predicts the next."""
-_ADJECTIVES = ("old ", "red ", "small ", "quiet ")
-_NOUNS = ("cat", "dog", "owl", "horse", "bird", "girl", "king", "robot")
-_ONE = tuple(f"{noun} " for noun in _NOUNS)
-_MANY = tuple(f"{noun}s " for noun in _NOUNS)
-_VERBS = ("see", "hear", "follow", "help", "paint", "know")
+ADJECTIVES = ("old", "red", "small", "quiet")
+NOUNS = ("cat", "dog", "owl", "horse", "bird", "girl", "king", "robot")
+_ADJECTIVES = tuple(f"{adjective} " for adjective in ADJECTIVES)
+_ONE = tuple(f"{noun} " for noun in NOUNS)
+_MANY = tuple(f"{noun}s " for noun in NOUNS)
+VERBS = ("see", "hear", "follow", "help", "paint", "know")
 _JOINT = "that the "
-_ALPHABET = sorted(set("".join((*_ADJECTIVES, *_ONE, *_MANY, *_VERBS, _JOINT, "the . "))))
+_ALPHABET = sorted(set("".join((*_ADJECTIVES, *_ONE, *_MANY, *VERBS, _JOINT, "the . "))))
 _SEEDS = {"train": 0, "validation": 1, "test": 2}
 
 Choose = Callable[[Sequence[str]], str]
@@ -77,7 +78,7 @@ def _clause(choose: Choose, depth: int) -> None:
     word = choose((*_ADJECTIVES, *_ONE, *_MANY))
     if word in _ADJECTIVES:
         word = choose((*_ONE, *_MANY))
-    verbs = _VERBS if word in _MANY else tuple(f"{verb}s" for verb in _VERBS)
+    verbs = VERBS if word in _MANY else tuple(f"{verb}s" for verb in VERBS)
     if choose((*verbs, *(_JOINT,) * (3 if depth < 2 else 0))) == _JOINT:
         _clause(choose, depth + 1)
         choose([" "])
