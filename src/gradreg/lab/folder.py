@@ -15,6 +15,10 @@ class BadInput(Exception):
     """What the user passed cannot be used; the message is one line that names field, value and allowed range."""
 
 
+class Hopeless(BadInput):
+    """Going on would come to the same."""
+
+
 def shown(path: Path | str) -> str:
     """A path in a message: in quotes, escaped, and cut where it is longer than a line bears."""
     text = str(path)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gradreg.lab.folder import finite
+from gradreg.lab.folder import BadInput, finite, shown
 
 CHECK = "check"
 CHANGED = "was changed after it was written: its check does not fit"
@@ -73,6 +73,22 @@ def checked(text: bytes, after: str = "") -> tuple[Record, str | None]:
 
 def check_of(record: Record, after: str = "") -> str:
     return hashlib.sha256((after + json.dumps(record, sort_keys=True)).encode()).hexdigest()[:16]
+
+
+def resumed(folder: Path, kind: str) -> Record:
+    """config.json of a folder to go on with.
+
+    Raises:
+        BadInput: it is none of `gradreg KIND`, or its record was changed.
+    """
+    try:
+        about = read_record(folder / "config.json")
+        if about.get("kind") != kind:
+            raise ValueError("is of something else")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or f"config.json {error}"
+        raise BadInput(f"--resume must be a folder of gradreg {kind}, got {shown(folder)}: {why}.") from None
+    return about
 
 
 def read_record(path: Path) -> Record:

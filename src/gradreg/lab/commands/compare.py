@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from gradreg.lab.commands.config_options import with_fields
-from gradreg.lab.commands.options import LAST_SEED, Out, TaskWord, Workers, app, switch, whole
+from gradreg.lab.commands.options import LAST_SEED, Out, TaskWord, Workers, app, gone_on_with, switch, whole
 from gradreg.lab.config import FIELDS, SETTINGS, from_mapping
 from gradreg.lab.folder import BadInput, new_folder
 from gradreg.lab.names import one_of
@@ -140,15 +140,8 @@ def compare(
         run.begin(plan, folder, place, _command(task, plan, storage, place.name), count, said)
 
     words = [] if task is None else [task]
-    again = f"finished runs are kept; go on with: {shlex.join(['gradreg', 'compare', *words, '--resume', str(folder)])}"
-    try:
+    with gone_on_with("gradreg", "compare", *words, "--resume", folder):
         results = run.carry_out(plan, folder, place, count)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(again) from None
-    except run.Hopeless:
-        raise
-    except (BadInput, OSError) as error:
-        raise BadInput(f"{str(error).rstrip('.')}. {again[0].upper()}{again[1:]}") from error
     show(results, folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from cyclopts import App, Parameter
 
 import gradreg
 from gradreg.lab.config import DATA, FIELDS, checked
-from gradreg.lab.folder import BadInput
+from gradreg.lab.folder import BadInput, Hopeless
 
 app = App(
     name="gradreg",
@@ -60,6 +61,20 @@ def interrupted_in(runs: Path) -> Iterator[None]:
         raise KeyboardInterrupt(f"finished runs are kept in {runs}") from None
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror or error}; finished runs are kept in {runs}") from error
+
+
+@contextmanager
+def gone_on_with(*words: object) -> Iterator[None]:
+    """Whatever ends the command early says that finished runs are kept, and the words that go on."""
+    again = f"finished runs are kept; go on with: {shlex.join(map(str, words))}"
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(again) from None
+    except Hopeless:
+        raise
+    except (BadInput, OSError) as error:
+        raise BadInput(f"{str(error).rstrip('.')}. {again[0].upper()}{again[1:]}") from error
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from gradreg.lab.commands.options import LAST_SEED, Out, Workers, app, whole
+from gradreg.lab.commands.options import LAST_SEED, Out, Workers, app, gone_on_with, whole
 from gradreg.lab.folder import BadInput, new_folder
 from gradreg.lab.task_names import fields_of
 
@@ -107,15 +107,9 @@ def sweep(
         sweep_folder.begin(folder, sweep, place, _command(config, place, sweep, changes), count, is_batched)
 
     words = [] if task is None else ["--task", task]
-    again = f"finished runs are kept; go on with: {shlex.join(['gradreg', 'sweep', *words, '--resume', str(folder)])}"
-    try:
-        with standing_for(*data):
-            work_together(Worker(folder.resolve(), place, is_batched, count, sources(), data), SweepSchedule(sweep))
-            results = sweep_folder.conclude(folder, place)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(again) from None
-    except (BadInput, OSError) as error:
-        raise BadInput(f"{str(error).rstrip('.')}. {again[0].upper()}{again[1:]}") from error
+    with gone_on_with("gradreg", "sweep", *words, "--resume", folder), standing_for(*data):
+        work_together(Worker(folder.resolve(), place, is_batched, count, sources(), data), SweepSchedule(sweep))
+        results = sweep_folder.conclude(folder, place)
     sweep_folder.print_table(results, folder)
 
 

@@ -15,7 +15,7 @@ from gradreg.lab.batched import is_worthwhile
 from gradreg.lab.comparison import folder as folders
 from gradreg.lab.comparison.plan import LADDER, Effort, Plan, example
 from gradreg.lab.comparison.schedule import ALL_FAILED, ComparisonSchedule
-from gradreg.lab.folder import BadInput
+from gradreg.lab.folder import BadInput, Hopeless
 from gradreg.lab.runs import Job, run
 from gradreg.lab.sweep.storage import Place
 from gradreg.lab.sweep.study import Study
@@ -147,10 +147,6 @@ def open_study(place: Place, plan: Plan) -> None:
     """
     with Study(place, plan.as_row()):
         pass
-
-
-class Hopeless(BadInput):
-    """Going on would come to the same."""
 
 
 def carry_out(plan: Plan, folder: Path, place: Place, workers: int) -> dict[str, Any]:

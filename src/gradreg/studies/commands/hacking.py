@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from gradreg.lab.commands.options import LAST_SEED, Out, Workers, Write, app, switch, whole
+from gradreg.lab.commands.options import LAST_SEED, Out, Workers, Write, app, gone_on_with, switch, whole
 from gradreg.lab.folder import BadInput, new_folder
 from gradreg.studies.commands.seeds import consecutive
 
@@ -33,7 +32,7 @@ def hacking(
     import torch
 
     from gradreg.lab.player import default_workers
-    from gradreg.studies.hacking.run import DEFAULT_SEEDS, QUICK_SEEDS, Plan, begin, find, run_hacking
+    from gradreg.studies.hacking.run import DEFAULT_SEEDS, QUICK_SEEDS, Plan, begin, plan_of, run_hacking
 
     count = workers or default_workers()
     if resume is not None:
@@ -41,8 +40,7 @@ def hacking(
         for name, value in given:
             if value is not None:
                 raise BadInput(f"{name} must be left out with --resume, whose folder decides it.")
-        known = find(resume)
-        plan = Plan(known.seeds, known.is_quick, count)
+        plan = plan_of(resume, count)
     else:
         chosen = consecutive(seed, seeds or (QUICK_SEEDS if quick else DEFAULT_SEEDS))
         plan = Plan(chosen, quick, count)
@@ -54,12 +52,5 @@ def hacking(
     folder = resume or new_folder(out, "hacking")
     if resume is None:
         begin(plan, folder)
-    again = f"finished runs are kept; go on with: {shlex.join(['gradreg', 'hacking', '--resume', str(folder)])}"
-    try:
+    with gone_on_with("gradreg", "hacking", "--resume", folder):
         run_hacking(plan, folder, write)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(again) from None
-    except BadInput as error:
-        raise BadInput(f"{error} {again[0].upper()}{again[1:]}") from error
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror or error}; {again}") from error

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from gradreg.lab.commands.options import Out, Workers, Write, app, switch
+from gradreg.lab.commands.options import Out, Workers, Write, app, gone_on_with, switch
 from gradreg.lab.folder import BadInput, new_folder
 
 
@@ -36,13 +35,14 @@ def images(
     folder for each, and over all results.json, report.html and images.md. May be stopped at any time; --resume goes on.
     """
     from gradreg.lab.player import default_workers
-    from gradreg.studies.images.run import Plan, begin, find, pieces_of, run_images
+    from gradreg.lab.records import resumed
+    from gradreg.studies.images.run import KIND, Plan, begin, pieces_of, run_images
 
     if resume is not None:
         for name, given in (("--out", out is not None), ("--quick", quick), ("--path", path is not None)):
             if given:
                 raise BadInput(f"{name} must be left out with --resume, whose folder decides it.")
-        about = find(resume)
+        about = resumed(resume, KIND)
         quick, path = about["is_quick"], about["path"]
     if write is not None:
         from gradreg.lab.page import check_page
@@ -54,13 +54,8 @@ def images(
     folder = resume or new_folder(out, "images")
     if resume is None:
         begin(plan, folder)
-    again = f"finished runs are kept; go on with: {shlex.join(['gradreg', 'images', '--resume', str(folder)])}"
-    try:
+    with gone_on_with("gradreg", "images", "--resume", folder):
         run_images(plan, folder, write)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(again) from None
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror or error}; {again}") from error
 
 
 def _check_data(path: str | None) -> None:

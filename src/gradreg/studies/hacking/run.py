@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from gradreg.lab.about import provenance
-from gradreg.lab.folder import BadInput, append_line, shown, write_json
+from gradreg.lab.folder import append_line, write_json
 from gradreg.lab.page import publish, tell
 from gradreg.lab.player import on_processes
 from gradreg.lab.progress import progress_bar
-from gradreg.lab.records import opened, read_record, sealed
+from gradreg.lab.records import opened, resumed, sealed
 from gradreg.studies.hacking.arms import ARMS, NONE, Arm
 from gradreg.studies.hacking.game import ALIKE, MORE
 from gradreg.studies.hacking.page import page, told
@@ -63,20 +63,10 @@ class Plan:
         return {"kind": KIND, "seeds": list(self.seeds), "is_quick": self.is_quick}
 
 
-def find(folder: Path) -> Plan:
-    """The plan of a folder.
-
-    Raises:
-        BadInput: it is none of this study, or its record was changed.
-    """
-    try:
-        about = read_record(folder / "config.json")
-        if about.get("kind") != KIND:
-            raise ValueError("is of something else")
-        return Plan(tuple(about["seeds"]), about["is_quick"])
-    except (OSError, ValueError, KeyError) as error:
-        why = getattr(error, "strerror", None) or f"config.json {error}"
-        raise BadInput(f"--resume must be a folder of gradreg hacking, got {shown(folder)}: {why}.") from None
+def plan_of(folder: Path, workers: int) -> Plan:
+    """That of a folder to go on with."""
+    about = resumed(folder, KIND)
+    return Plan(tuple(about["seeds"]), about["is_quick"], workers)
 
 
 class Runs:

@@ -17,7 +17,7 @@ from gradreg.lab.comparison.folder import find as find_comparison
 from gradreg.lab.comparison.plan import Plan as ComparisonPlan
 from gradreg.lab.comparison.schedule import weights_name
 from gradreg.lab.config import RunConfig
-from gradreg.lab.folder import BadInput, append_line, shown, write_json
+from gradreg.lab.folder import Hopeless, append_line, shown, write_json
 from gradreg.lab.page import publish, tell
 from gradreg.lab.player import on_processes
 from gradreg.lab.progress import progress_bar
@@ -58,22 +58,6 @@ def begin(plan: Plan, folder: Path) -> None:
     write_json(folder / "config.json", sealed({"kind": KIND, "is_quick": plan.is_quick, "path": plan.path}))
 
 
-def find(folder: Path) -> Row:
-    """What a folder says about its study.
-
-    Raises:
-        BadInput: it is none of this one, or its record was changed.
-    """
-    try:
-        about = read_record(folder / "config.json")
-        if about.get("kind") != KIND:
-            raise ValueError("is of something else")
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or f"config.json {error}"
-        raise BadInput(f"--resume must be a folder of gradreg images, got {shown(folder)}: {why}.") from None
-    return about
-
-
 def run_images(plan: Plan, folder: Path, write: Path | None = None) -> Row:
     """Play what is left of the pieces that are named; return what results.json holds."""
     for name in plan.names:
@@ -90,7 +74,7 @@ def _play(plan: Plan, piece: Piece, folder: Path) -> None:
     if (folder / "config.json").exists():
         known, place, _ = find_comparison(folder, None)
         if known != own:
-            raise BadInput(
+            raise Hopeless(
                 f"{piece.name} must be that of this version, got another plan in {shown(folder)}: begin anew."
             )
     else:
