@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from gradreg.integrations._arguments import check_host, make_regularizer
+from gradreg.integrations._arguments import check_arguments, check_host, make_regularizer
+from gradreg.integrations._versions import check_versions
 from gradreg.training.block import Block
 from gradreg.training.regularizer import GradientRegularizer
 from gradreg.training.replay import RandomState
@@ -85,7 +86,10 @@ class GradientRegularizationMixin(Trainer):
     """
 
     # What a step counts for its logs; during the second pass a copy counts instead. Extend it if yours counts more.
-    bookkeeping: tuple[str, ...] = ("_metrics", "_step", "_current_train_step_time", "_total_train_tokens")
+    bookkeeping: tuple[str, ...] = (
+        *("_metrics", "_step", "_current_train_step_time", "_total_train_tokens"),  # TRL
+        "accum_loss_components",  # sentence-transformers
+    )
 
     has_run_window = False  # since the last step of the optimizer
     _is_recording = False
@@ -103,11 +107,21 @@ class GradientRegularizationMixin(Trainer):
                 )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._window: list[MicroBatch] = []
         super().__init__(*args, **kwargs)
-        check_host(self)
-        self.add_callback(_Witness(self))
+        check_arguments(self)
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """What there is to do once the host has been made; if it refuses, nothing of the host has changed."""
+        check_versions(self)
+        self._check_host()
+        self._window: list[MicroBatch] = []
         self.regularizer = self.create_regularizer(self.model)
+        self.add_callback(_Witness(self))
+
+    def _check_host(self) -> None:
+        """Refuse what cannot be served; asked again when training starts, since settings may have changed."""
+        check_host(self)
 
     def create_regularizer(self, model: Any) -> GradientRegularizer:
         """The regularizer of a model, wrapped or not; override it for schedules, module types or another ascent."""
@@ -123,6 +137,7 @@ class GradientRegularizationMixin(Trainer):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """What `train` runs, and runs again with a smaller batch under `auto_find_batch_size`."""
+        self._check_host()
         self._window.clear()
         self.regularizer = self.create_regularizer(self.model)  # a new run starts at step 0, as the host's does
         return super()._inner_training_loop(*args, **kwargs)
