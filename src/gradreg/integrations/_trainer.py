@@ -193,6 +193,12 @@ class GradientRegularizationMixin(Trainer):
         return inputs
 
     def _second_pass(self, model: nn.Module) -> None:
+        if not self.regularizer._engine.watch.has_seen:
+            raise ValueError(
+                f"the loss of {type(self).__name__} ran the model within its backward pass alone, as losses do that "
+                "cache gradients (GradCache), and where such a pass begins is not known here: use the loss without "
+                "the cache, or a loop of your own and gradreg.GradientRegularizer.backward(loss_fn)."
+            )
         scaler = self.accelerator.scaler  # of fp16: `.grad` and the replayed losses carry its scale
         scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
         num_steps = getattr(self, "current_gradient_accumulation_steps", 1)
