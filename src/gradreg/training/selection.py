@@ -20,6 +20,7 @@ Rule = str | type[nn.Module] | Predicate
 Rules = Rule | Iterable[Rule]
 
 _WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPED += ("_forward_module", "_original_module")  # Lightning Fabric's
 _WRAPPERS = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(_WRAPPED)})\.")
 
 
