@@ -19,6 +19,9 @@ from gradreg.integrations._trainer import GradientRegularizationMixin
 from gradreg.training.regularizer import GradientRegularizer
 from gradreg.training.schedule import Schedule
 
+POLICIES = ("_get_per_token_logps_and_entropies", "_get_per_token_logps")
+"""What GRPO and its kin ask for their loss, in TRL now and before, whatever their class is called."""
+
 ELSEWHERE = {  # fields of RegularizationArguments, and what they are where there are no such arguments
     "gamma_warmup_steps": "gamma=gradreg.warmup(gamma, steps)",
     "penalty_cap": "cap=...",
@@ -122,7 +125,7 @@ class _AttachedToPolicy(_Attached, PolicyRegularizationMixin):
 @functools.cache
 def _regularized(kind: type) -> type:
     """The class of a trainer of this kind with the penalty."""
-    mixin = _AttachedToPolicy if hasattr(kind, "_get_per_token_logps_and_entropies") else _Attached
+    mixin = _AttachedToPolicy if any(hasattr(kind, name) for name in POLICIES) else _Attached
     namespace = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return types.new_class(kind.__name__, (mixin, kind), exec_body=lambda n: n.update(namespace, _host=kind))
 
