@@ -72,6 +72,8 @@ class GradientRegularizationMixin(Trainer):
         class RegularizedSFTTrainer(GradientRegularizationMixin, SFTTrainer): ...
         class RegularizedSFTConfig(RegularizationArguments, SFTConfig): ...
 
+    A trainer that is made already is given the mixin by `attach` (_attach.py).
+
     The regularizer is `trainer.regularizer`. Logs get `penalty_ratio`, `realized` (the share of the displacement
     that rounding left), `gradreg_grad_norm` (‖g1‖), `gradreg_penalty_norm` (‖ĝ − g1‖) and `skipped_steps`, measured
     in one step since the last log; the host's `grad_norm` is ‖ĝ‖. Checkpoints hold the regularizer's state in
@@ -80,9 +82,10 @@ class GradientRegularizationMixin(Trainer):
     Raises:
         TypeError: arguments without the fields; on declaring a class, a trainer that stands before the mixin.
         ValueError: DeepSpeed, FSDP1, FSDP that accelerate would ignore, nn.DataParallel, tensor, context or sequence
-            parallelism, and optimizers that step inside the backward pass; whatever `GradientRegularizer` refuses.
-        RuntimeError: a `training_step` that does not call `_prepare_inputs` exactly once, or one of a subclass that
-            does not call the mixin's.
+            parallelism, and optimizers that step inside the backward pass; a loss that runs the model in its backward
+            pass alone; whatever `GradientRegularizer` refuses.
+        RuntimeError: a host without a method that the second pass stands on; a `training_step` that does not call
+            `_prepare_inputs` exactly once, or one of a subclass that does not call the mixin's.
     """
 
     # What a step counts for its logs; during the second pass a copy counts instead. Extend it if yours counts more.
