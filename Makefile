@@ -45,7 +45,7 @@ $(VENV)/lab: $(VENV)/torch pyproject.toml
 	touch $@
 
 $(VENV)/dev: $(VENV)/lab
-	$(PIP) -e '.[lab,hub,tensorboard,lightning,transformers,trl,docs,dev]' peft
+	$(PIP) -e '.[lab,hub,tensorboard,lightning,transformers,trl,sentence-transformers,docs,dev]' peft
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed  # builds against the torch that is there
 	touch $@
 

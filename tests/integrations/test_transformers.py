@@ -31,6 +31,7 @@ from gradreg.integrations.transformers import (
     RegularizationArguments,
     RegularizedTrainer,
     RegularizedTrainingArguments,
+    attach,
 )
 from gradreg.training.engine import Engine
 from gradreg.training.selection import bare_name
@@ -110,11 +111,13 @@ def arguments(folder, kind=RegularizedTrainingArguments, **options):
     return kind(str(folder), **{**ours, **plain, **options})
 
 
-def run(folder, model, kind=RegularizedTrainer, arguments_kind=RegularizedTrainingArguments, **options):
-    """One training; the trainer, what the optimizer saw, and the windows."""
+def run(folder, model, kind=RegularizedTrainer, arguments_kind=RegularizedTrainingArguments, attached=None, **options):
+    """One training; the trainer, what the optimizer saw, and the windows. `attached` are the arguments of `attach`."""
     args = arguments(folder, arguments_kind, **options)
     witness, collator = Witness(), Collator()
     trainer = kind(model, args, train_dataset=rows(), data_collator=collator, callbacks=[witness])
+    if attached is not None:
+        attach(trainer, **attached)
     trainer.train()
     k = args.gradient_accumulation_steps
     per_epoch = [collator.batches[i : i + 7] for i in range(0, len(collator.batches), 7)]
@@ -533,11 +536,15 @@ class Sharded(ranks.ShardedByAccelerate, RegularizedTrainer):
     pass
 
 
-def share(folder, model, kind=RegularizedTrainer, resume=None, **options):
+def share(folder, model, kind=RegularizedTrainer, resume=None, attached=None, **options):
     """One training on the rows in their order; what the optimizer saw, gathered from the shards."""
-    witness = Witness()
-    args = arguments(folder, **{**TOGETHER, **options})
+    witness, options = Witness(), {**TOGETHER, **options}
+    if attached is not None:
+        del options["target_penalty_ratio"]
+    args = arguments(folder, RegularizedTrainingArguments if attached is None else TrainingArguments, **options)
     trainer = kind(model, args, train_dataset=rows(16), data_collator=Collator(), callbacks=[witness])
+    if attached is not None:
+        attach(trainer, **attached)
     trainer.train(resume_from_checkpoint=resume)
     return {
         "gradients": witness.gradients,
@@ -563,7 +570,9 @@ def on_one_rank(rank, folder):
             folder / name, distributed_config=DistributedConfig(fsdp_size=2, fsdp_plan=PLAN)
         )
 
+    target = {"gamma": TargetRatio(TOGETHER["target_penalty_ratio"], ramp=0, start=GAMMA), "epsilon": EPSILON}
     found = {
+        "DDP, attached": share(folder, gpt2(), Trainer, attached=target, ddp_find_unused_parameters=False),
         "DDP": share(folder, gpt2(), ddp_find_unused_parameters=False),
         "FSDP2 at loading": share(folder, load("untied")),
         "refused": [told(share, folder, gpt2(), **SHARDED), told(share, folder, load("tied"))],
@@ -591,7 +600,12 @@ def flat(state):
 
 @pytest.mark.parametrize(
     ("host", "wrapper"),
-    [("DDP", "DistributedDataParallel"), ("FSDP2", "FSDPGPT2LMHeadModel"), ("FSDP2 at loading", "FSDPGPT2LMHeadModel")],
+    [
+        ("DDP", "DistributedDataParallel"),
+        ("DDP, attached", "DistributedDataParallel"),
+        ("FSDP2", "FSDPGPT2LMHeadModel"),
+        ("FSDP2 at loading", "FSDPGPT2LMHeadModel"),
+    ],
 )
 def test_two_processes_equal_one(tmp_path, two_ranks, host, wrapper):
     """Windows, normalization, clipping, calibration; tied weights but where they are refused."""

@@ -18,8 +18,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+from gradreg.integrations.transformers import attach
 from gradreg.integrations.trl import (
     GradientRegularizationMixin,
+    PolicyRegularizationMixin,
     RegularizationArguments,
     RegularizedGRPOConfig,
     RegularizedGRPOTrainer,
@@ -105,6 +107,37 @@ class Recording(RegularizedGRPOTrainer):
         return inputs
 
 
+class Watching:
+    """Keeps what each micro-batch of a live trainer was given, before its host: it knows nothing of us."""
+
+    def __init__(self, *args, **kwargs):
+        self.given, self.sizes = [], []
+        super().__init__(*args, **kwargs)
+
+    def get_batch_samples(self, *args):
+        batches, num_items = super().get_batch_samples(*args)
+        self.sizes.append(len(batches))
+        return batches, num_items
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.given.append(copy.copy(inputs))
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    @property
+    def seen(self):
+        """In the first passes: they alternate with the second ones."""
+        given = list(self.given)
+        assert len(given) == 2 * sum(self.sizes)
+        first = []
+        for size in self.sizes:
+            first, given = first + given[:size], given[2 * size :]
+        return first
+
+
+class WatchingGRPO(Watching, GRPOTrainer):
+    pass
+
+
 class Reward:
     """Counts a letter, and its calls."""
 
@@ -118,7 +151,7 @@ class Reward:
         return [self.score(text) for text in completions]
 
 
-def grpo(folder, saved, kind=Recording, reward=None, model=None, **options):
+def grpo(folder, saved, kind=Recording, reward=None, model=None, attached=None, **options):
     model = LlamaForCausalLM.from_pretrained(saved) if model is None else model
     if issubclass(kind, RegularizedGRPOTrainer):
         ours = {"gamma": GAMMA, "gr_epsilon": EPSILON}
@@ -129,6 +162,8 @@ def grpo(folder, saved, kind=Recording, reward=None, model=None, **options):
     trainer = kind(
         model, reward_funcs=reward, args=args, train_dataset=PROMPTS, processing_class=tokenizer(), callbacks=[witness]
     )
+    if attached is not None:
+        attach(trainer, **attached)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return SimpleNamespace(trainer=trainer, witness=witness, reward=reward, model=model, logs=logs, args=args)
@@ -184,7 +219,8 @@ def by_hand(weights, window, args, chosen, cap=None):
     first = gradient(weights, window, args, olds)
     moved = {n: w + EPSILON * first[n] if n in chosen else w for n, w in weights.items()}
     second = gradient(moved, window, args, olds)
-    penalty = {n: args.gamma / EPSILON * (second[n] - first[n]) for n in chosen}
+    gamma = getattr(args, "gamma", GAMMA)  # no field of plain arguments
+    penalty = {n: gamma / EPSILON * (second[n] - first[n]) for n in chosen}
     ratio = length(penalty.values()) / length([first[n] for n in chosen])
     scale = 1.0 if cap is None else min(1.0, cap / ratio.item())
     return {n: first[n] + scale * penalty[n] if n in chosen else first[n] for n in first}
@@ -221,6 +257,47 @@ def assert_by_hand(found, cap=None):
 )
 def test_grpo_by_hand(tmp_path, saved, options):
     assert_by_hand(grpo(tmp_path, saved, **options))
+
+
+PENALTY = {"gamma": GAMMA, "epsilon": EPSILON}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"beta": 0.1}, {"num_iterations": 2, "max_steps": 4}, {"loss_type": "dapo", "steps_per_generation": 4}],
+    ids=["default", "KL", "two iterations", "dapo"],
+)
+def test_grpo_by_hand_when_attached(tmp_path, saved, options):
+    """The epsilon of `attach` is the step length; that of the config stays the clipping range."""
+    found = grpo(tmp_path, saved, WatchingGRPO, attached=PENALTY, **{"epsilon": 0.15, **options})
+    assert_by_hand(found)
+    assert "penalty_ratio" in found.logs[0]
+    plain = grpo(tmp_path, saved, GRPOTrainer, **{"epsilon": 0.15, **options})
+    assert found.reward.calls == plain.reward.calls
+    assert found.trainer._step == plain.trainer._step
+    same = set(plain.logs[0]) - {"grad_norm", "step_time"}
+    assert {k: found.logs[0][k] for k in same} == {k: plain.logs[0][k] for k in same}
+
+
+def test_a_grpo_trainer_under_another_name_is_pinned_too(tmp_path, saved):
+    """Unsloth writes the class anew, so that its name and its module say nothing."""
+    kind = type("Rewritten", (WatchingGRPO,), {"__module__": "compiled"})
+    found = grpo(tmp_path, saved, kind, attached=PENALTY)
+    assert isinstance(found.trainer, PolicyRegularizationMixin)
+    assert_by_hand(found)
+
+
+def test_attach_is_refused_where_the_class_is(tmp_path, saved):
+    with pytest.raises(ValueError, match="use_adaptive_entropy is not supported"):
+        grpo(tmp_path, saved, GRPOTrainer, attached=PENALTY, use_adaptive_entropy=True)
+
+
+def test_attached_as_the_class_bit_for_bit(tmp_path, saved):
+    found = grpo(tmp_path, saved, GRPOTrainer, attached={**PENALTY, "exclude": None, "cap": 0.2})
+    as_class = grpo(tmp_path, saved, RegularizedGRPOTrainer, penalty_cap=0.2)
+    assert found.trainer.regularizer_state() == as_class.trainer.regularizer_state()
+    assert all(torch.equal(p, q) for p, q in zip(found.model.parameters(), as_class.model.parameters()))
+    assert [e["penalty_ratio"] for e in found.logs] == [e["penalty_ratio"] for e in as_class.logs]
 
 
 def test_the_penalty_needs_the_old_log_probabilities_of_the_first_pass(tmp_path, saved):
@@ -453,21 +530,22 @@ class RegularizedDPOConfig(RegularizationArguments, DPOConfig):
     pass
 
 
-def kept_inputs(kind):
-    class Kept(kind):
-        seen: list
-
-        def pin(self, micro_batch):
-            self.seen.append(copy.copy(micro_batch.inputs))
-
-    Kept.seen = []
-    return Kept
+FORMS = {  # by classes of our own, and attached to the host's
+    "SFT": {"class": (RegularizedSFTTrainer, RegularizedSFTConfig), "attached": (SFTTrainer, SFTConfig)},
+    "DPO": {"class": (RegularizedDPOTrainer, RegularizedDPOConfig), "attached": (DPOTrainer, DPOConfig)},
+}
 
 
-def tune(kind, args, dataset):
-    kind, witness = kept_inputs(kind), Witness()
-    model = llama()
-    trainer = kind(model, args=args, train_dataset=dataset, processing_class=tokenizer(), callbacks=[witness])
+def tune(host, form, folder, dataset, model=None, **options):
+    kind, config = FORMS[host][form]
+    watched = type(kind.__name__, (Watching, kind), {})
+    args = config(str(folder), **{**PLAIN, "max_steps": 2, **(PENALTY if form == "class" else {}), **options})
+    witness = Witness()
+    trainer = watched(
+        model or llama(), args=args, train_dataset=dataset, processing_class=tokenizer(), callbacks=[witness]
+    )
+    if form == "attached":
+        attach(trainer, **PENALTY)
     trainer.train()
     return trainer, witness
 
@@ -489,11 +567,11 @@ def assert_plain_by_hand(trainer, witness, loss_fn):
         torch.testing.assert_close(gradients, expected, rtol=5e-4, atol=2e-5)
 
 
-def test_sft_by_hand(tmp_path):
+@pytest.mark.parametrize("form", ["class", "attached"])
+def test_sft_by_hand(tmp_path, form):
     texts = ["a b c d e", "f g h", "i j k l", "a c e g i k", "b d", "f h j l"]
     dataset = Dataset.from_list([{"text": t} for t in texts])
-    args = RegularizedSFTConfig(str(tmp_path), gamma=GAMMA, epsilon=EPSILON, **{**PLAIN, "max_steps": 2})
-    trainer, witness = tune(RegularizedSFTTrainer, args, dataset)
+    trainer, witness = tune("SFT", form, tmp_path, dataset)
 
     def loss(model, window):
         logits = [model(b["input_ids"], attention_mask=b["attention_mask"]).logits[:, :-1] for b in window]
@@ -506,16 +584,14 @@ def test_sft_by_hand(tmp_path):
     assert [e for e in trainer.state.log_history if "loss" in e][-1]["num_tokens"] == tokens  # counted once
 
 
-def test_dpo_by_hand(tmp_path):
+@pytest.mark.parametrize("form", ["class", "attached"])
+def test_dpo_by_hand(tmp_path, form):
     pairs = [("a b", "c d e", "f"), ("g", "h i", "j k l"), ("b a", "a", "b c"), ("d", "e f", "g h i")]
     dataset = Dataset.from_list([{"prompt": p, "chosen": c, "rejected": r} for p, c, r in pairs])
-    options = {**PLAIN, "per_device_train_batch_size": 1, "max_steps": 2}
     llama().save_pretrained(tmp_path / "model")
-    args = RegularizedDPOConfig(str(tmp_path), gamma=GAMMA, epsilon=EPSILON, beta=0.5, **options)
-    kind, witness = kept_inputs(RegularizedDPOTrainer), Witness()
-    model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
-    trainer = kind(model, args=args, train_dataset=dataset, processing_class=tokenizer(), callbacks=[witness])
-    trainer.train()
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model")  # of which DPO takes its reference
+    options = {"per_device_train_batch_size": 1, "beta": 0.5}
+    trainer, witness = tune("DPO", form, tmp_path, dataset, model, **options)
 
     def log_likelihood(model, batch):
         logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
@@ -532,3 +608,18 @@ def test_dpo_by_hand(tmp_path):
         return sum(parts)
 
     assert_plain_by_hand(trainer, witness, loss)
+
+
+@pytest.mark.parametrize(("kind", "config"), [(SFTTrainer, RegularizedSFTConfig), (DPOTrainer, RegularizedDPOConfig)])
+def test_regularized_arguments_in_a_plain_trainer_are_refused(tmp_path, kind, config):
+    args = config(str(tmp_path), **PENALTY, **PLAIN)
+    dataset = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
+    dataset = dataset if kind is DPOTrainer else Dataset.from_list([{"text": "a b c"}] * 2)
+    with pytest.raises(TypeError, match=f"^{kind.__name__} would ignore gamma and epsilon of {config.__name__} and tr"):
+        kind(llama(), args=args, train_dataset=dataset, processing_class=tokenizer())
+
+
+def test_a_config_of_grpo_with_a_penalty_in_a_plain_trainer_is_refused(tmp_path, saved):
+    args = RegularizedGRPOConfig(str(tmp_path), gamma=GAMMA, gr_epsilon=EPSILON, **PLAIN, **ROLLOUTS)
+    with pytest.raises(TypeError, match=r"^GRPOTrainer would ignore gamma and epsilon of RegularizedGRPOConfig"):
+        GRPOTrainer(llama(), reward_funcs=Reward(), args=args, train_dataset=PROMPTS, processing_class=tokenizer())

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from transformers import Trainer
 
 from gradreg._vectors import is_sharded
 from gradreg.training.defaults import default_gamma
@@ -48,6 +51,23 @@ class CommonArguments:
     def displacement_epsilon(self) -> float | None:
         """ε, the step length along the ascent; None where the library chooses it."""
         raise NotImplementedError
+
+    def get_process_log_level(self) -> Any:
+        """As the host's. Every Trainer asks this when it is made; one without the mixin would ignore the fields above.
+
+        Raises:
+            TypeError: such a trainer, where γ is not 0.
+        """
+        asking = sys._getframe(1).f_locals.get("self")
+        if self.gamma != 0 and isinstance(asking, Trainer) and not hasattr(asking, "regularizer_state"):
+            name, mine = type(asking).__name__, type(self).__name__
+            raise TypeError(
+                f"{name} would ignore gamma and epsilon of {mine} and train without the penalty: make it a class "
+                f"{name}(GradientRegularizationMixin, {name}), or give it the arguments that {mine} is made from and "
+                "call gradreg.integrations.transformers.attach(trainer, gamma, epsilon). For no penalty, gamma=0."
+            )
+        host: Any = super()
+        return host.get_process_log_level()
 
     def __post_init__(self) -> None:
         parent: Any = super()
@@ -123,19 +143,28 @@ def make_regularizer(model: Any, args: Any, default_exclude: Sequence[str]) -> G
     )
 
 
+def check_arguments(trainer: Any) -> None:
+    """Refuse arguments without the fields above.
+
+    Raises:
+        TypeError: such arguments.
+    """
+    if not issubclass(type(trainer.args), CommonArguments):
+        raise TypeError(
+            f"args must have gamma, epsilon and the other fields of RegularizationArguments, got "
+            f"{type(trainer.args).__name__}: pass RegularizedTrainingArguments or RegularizedGRPOConfig, inherit from "
+            "both, or leave args and the trainer's class as they are and call "
+            "gradreg.integrations.transformers.attach(trainer, gamma, epsilon)."
+        )
+
+
 def check_host(trainer: Any) -> None:
     """Refuse the settings under which the two passes would differ, or under which there is no gradient to replace.
 
     Raises:
-        TypeError: arguments without the fields above.
         ValueError: a setting that is not supported.
     """
     args, accelerator = trainer.args, trainer.accelerator
-    if not issubclass(type(args), CommonArguments):
-        raise TypeError(
-            f"args must have gamma, epsilon and the other fields of RegularizationArguments, got "
-            f"{type(args).__name__}: pass RegularizedTrainingArguments or RegularizedGRPOConfig, or inherit from both."
-        )
     version = getattr(getattr(accelerator.state, "fsdp_plugin", None), "fsdp_version", None)
     optimizer = str(getattr(args.optim, "value", args.optim))
     refused = {

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from gradreg.integrations._arguments import check_host, make_regularizer
+from gradreg.integrations._arguments import check_arguments, check_host, make_regularizer
+from gradreg.integrations._versions import check_versions
 from gradreg.training.block import Block
 from gradreg.training.regularizer import GradientRegularizer
 from gradreg.training.replay import RandomState
@@ -71,6 +72,8 @@ class GradientRegularizationMixin(Trainer):
         class RegularizedSFTTrainer(GradientRegularizationMixin, SFTTrainer): ...
         class RegularizedSFTConfig(RegularizationArguments, SFTConfig): ...
 
+    A trainer that is made already is given the mixin by `attach` (_attach.py).
+
     The regularizer is `trainer.regularizer`. Logs get `penalty_ratio`, `realized` (the share of the displacement
     that rounding left), `gradreg_grad_norm` (‖g1‖), `gradreg_penalty_norm` (‖ĝ − g1‖) and `skipped_steps`, measured
     in one step since the last log; the host's `grad_norm` is ‖ĝ‖. Checkpoints hold the regularizer's state in
@@ -79,13 +82,17 @@ class GradientRegularizationMixin(Trainer):
     Raises:
         TypeError: arguments without the fields; on declaring a class, a trainer that stands before the mixin.
         ValueError: DeepSpeed, FSDP1, FSDP that accelerate would ignore, nn.DataParallel, tensor, context or sequence
-            parallelism, and optimizers that step inside the backward pass; whatever `GradientRegularizer` refuses.
-        RuntimeError: a `training_step` that does not call `_prepare_inputs` exactly once, or one of a subclass that
-            does not call the mixin's.
+            parallelism, and optimizers that step inside the backward pass; a loss that runs the model in its backward
+            pass alone; whatever `GradientRegularizer` refuses.
+        RuntimeError: a host without a method that the second pass stands on; a `training_step` that does not call
+            `_prepare_inputs` exactly once, or one of a subclass that does not call the mixin's.
     """
 
     # What a step counts for its logs; during the second pass a copy counts instead. Extend it if yours counts more.
-    bookkeeping: tuple[str, ...] = ("_metrics", "_step", "_current_train_step_time", "_total_train_tokens")
+    bookkeeping: tuple[str, ...] = (
+        *("_metrics", "_step", "_current_train_step_time", "_total_train_tokens"),  # TRL
+        "accum_loss_components",  # sentence-transformers
+    )
 
     has_run_window = False  # since the last step of the optimizer
     _is_recording = False
@@ -103,11 +110,21 @@ class GradientRegularizationMixin(Trainer):
                 )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._window: list[MicroBatch] = []
         super().__init__(*args, **kwargs)
-        check_host(self)
-        self.add_callback(_Witness(self))
+        check_arguments(self)
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """What there is to do once the host has been made; if it refuses, nothing of the host has changed."""
+        check_versions(self)
+        self._check_host()
+        self._window: list[MicroBatch] = []
         self.regularizer = self.create_regularizer(self.model)
+        self.add_callback(_Witness(self))
+
+    def _check_host(self) -> None:
+        """Refuse what cannot be served; asked again when training starts, since settings may have changed."""
+        check_host(self)
 
     def create_regularizer(self, model: Any) -> GradientRegularizer:
         """The regularizer of a model, wrapped or not; override it for schedules, module types or another ascent."""
@@ -123,6 +140,7 @@ class GradientRegularizationMixin(Trainer):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """What `train` runs, and runs again with a smaller batch under `auto_find_batch_size`."""
+        self._check_host()
         self._window.clear()
         self.regularizer = self.create_regularizer(self.model)  # a new run starts at step 0, as the host's does
         return super()._inner_training_loop(*args, **kwargs)
@@ -178,6 +196,12 @@ class GradientRegularizationMixin(Trainer):
         return inputs
 
     def _second_pass(self, model: nn.Module) -> None:
+        if not self.regularizer._engine.watch.has_seen:
+            raise ValueError(
+                f"the loss of {type(self).__name__} ran the model within its backward pass alone, as losses do that "
+                "cache gradients (GradCache), and where such a pass begins is not known here: use the loss without "
+                "the cache, or a loop of your own and gradreg.GradientRegularizer.backward(loss_fn)."
+            )
         scaler = self.accelerator.scaler  # of fp16: `.grad` and the replayed losses carry its scale
         scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
         num_steps = getattr(self, "current_gradient_accumulation_steps", 1)

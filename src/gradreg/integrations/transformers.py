@@ -3,6 +3,8 @@
     trainer = RegularizedTrainer(model, RegularizedTrainingArguments("out", ...), train_dataset=dataset)
     trainer.train()
 
+A trainer that somebody else's code has made is given the penalty by `attach(trainer, gamma, epsilon)`.
+
 Tested with transformers 5.23 and accelerate 1.15; see docs/hosts.md.
 """
 
@@ -18,6 +20,7 @@ except ImportError as error:
     ) from error
 
 from gradreg.integrations._arguments import RegularizationArguments
+from gradreg.integrations._attach import attach
 from gradreg.integrations._trainer import GradientRegularizationMixin
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "RegularizationArguments",
     "RegularizedTrainer",
     "RegularizedTrainingArguments",
+    "attach",
 ]
 
 

@@ -10,12 +10,7 @@ and transformers 5.23; see docs/hosts.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 try:
     from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
@@ -23,10 +18,12 @@ except ImportError as error:
     raise ImportError("gradreg.integrations.trl needs trl: pip install 'gradreg[trl]'") from error
 
 from gradreg.integrations._arguments import CommonArguments, RegularizationArguments, is_positive
-from gradreg.integrations._trainer import GradientRegularizationMixin, MicroBatch
+from gradreg.integrations._policy import PolicyRegularizationMixin, embeddings_and_head
+from gradreg.integrations._trainer import GradientRegularizationMixin
 
 __all__ = [
     "GradientRegularizationMixin",
+    "PolicyRegularizationMixin",
     "RegularizationArguments",
     "RegularizedGRPOConfig",
     "RegularizedGRPOTrainer",
@@ -76,23 +73,7 @@ class RegularizedGRPOConfig(TRLRegularizationArguments, GRPOConfig):
     """
 
 
-def embeddings_and_head(model: nn.Module) -> list[str]:
-    """Patterns for the parameters of every embedding and of the output head, also inside adapters.
-
-    Example:
-        >>> embeddings_and_head(nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2)))
-        ['0.*']
-    """
-    getters = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
-    found = [getter() for getter in getters if getter is not None]
-    return [
-        f"{name}.*"
-        for name, module in model.named_modules()
-        if name and (isinstance(module, nn.Embedding) or any(module is m for m in found))
-    ]
-
-
-class RegularizedGRPOTrainer(GradientRegularizationMixin, GRPOTrainer):
+class RegularizedGRPOTrainer(PolicyRegularizationMixin, GRPOTrainer):
     r"""`trl.GRPOTrainer` that minimizes $L + \frac\gamma2 \|\nabla L\|^2$ on the rollouts of each window.
 
     The second pass sees the same generations, rewards and advantages: nothing is generated twice. What the loss takes
@@ -109,48 +90,3 @@ class RegularizedGRPOTrainer(GradientRegularizationMixin, GRPOTrainer):
     References:
         Ackermann et al., [arXiv 2602.18037](https://arxiv.org/abs/2602.18037), 2026.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._log_probabilities: list[Tensor] = []
-        self._masks: list[Tensor] = []
-        super().__init__(*args, **kwargs)
-        if getattr(self, "use_adaptive_entropy", False):
-            raise ValueError(
-                "use_adaptive_entropy is not supported: the coefficient changes at the end of the first pass, and the "
-                "second would see another loss. Use a fixed entropy_coef."
-            )
-
-    def default_exclude(self, model: nn.Module) -> Sequence[str]:
-        return embeddings_and_head(getattr(model, "module", model))
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        self._log_probabilities.clear()
-        self._masks.clear()
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    # No public method hands the log-probabilities out. Those of generation are made without a graph.
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._is_recording and torch.is_grad_enabled():
-            self._log_probabilities.append(found[0].detach())
-        return found
-
-    def get_high_entropy_mask(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self._replayed is not None:
-            return self._replayed.inputs["gradreg_entropy_mask"]
-        mask = super().get_high_entropy_mask(*args, **kwargs)
-        if self._is_recording:
-            self._masks.append(mask)
-        return mask
-
-    def pin(self, micro_batch: MicroBatch) -> None:
-        if self._masks:
-            micro_batch.inputs["gradreg_entropy_mask"] = self._masks[-1]
-        if micro_batch.inputs.get("old_per_token_logps") is not None:
-            return
-        if len(self._log_probabilities) != 1:
-            raise RuntimeError(
-                "compute_loss of GRPOTrainer did not ask for the log-probabilities once, as TRL 1.16 does, so those of "
-                "the first pass cannot be pinned: install a version of TRL that is supported."
-            )
-        micro_batch.inputs["old_per_token_logps"] = self._log_probabilities[0]

@@ -33,12 +33,15 @@ class Momentum:
     the selection receive their gradient there too.
 
     Args:
-        optimizer: holds a momentum for the selected parameters: SGD or RMSprop with momentum, Adam and its relatives.
+        optimizer: holds a momentum for the selected parameters: SGD or RMSprop with momentum, Adam and its relatives;
+            or a list of several that share them, such as Muon for matrices and AdamW for the rest. v is then made of
+            all their momenta, each as its optimizer keeps it: a running mean in Adam and Muon, and in SGD a sum, which
+            is longer.
         sign: −1 or +1.
 
     Raises:
         ValueError: another sign.
-        TypeError: not an optimizer.
+        TypeError: not an optimizer, or an empty list.
 
     References:
         Becker et al., [Momentum-SAM](https://arxiv.org/abs/2401.12033), 2024.
@@ -53,17 +56,24 @@ class Momentum:
 
     def __post_init__(self) -> None:
         _check_sign(self.sign)
-        if not (hasattr(self.optimizer, "param_groups") and hasattr(self.optimizer, "state")):
-            raise TypeError(f"optimizer must be a built torch.optim.Optimizer, got {self.optimizer!r}.")
+        optimizers = self._optimizers
+        if not optimizers or not all(hasattr(o, "param_groups") and hasattr(o, "state") for o in optimizers):
+            raise TypeError(
+                f"optimizer must be a built torch.optim.Optimizer, or a list of them, got {self.optimizer!r}."
+            )
+
+    @property
+    def _optimizers(self) -> Sequence[Any]:
+        return self.optimizer if isinstance(self.optimizer, (list, tuple)) else (self.optimizer,)
 
     def __repr__(self) -> str:
-        return f"Momentum({type(self.optimizer).__name__}, sign={self.sign})"
+        kinds = " and ".join(type(o).__name__ for o in self._optimizers)
+        return f"Momentum({kinds}, sign={self.sign})"
 
     def check(self, named: Mapping[str, nn.Parameter]) -> None:
-        """Refuse an optimizer that holds no momentum for one of the parameters."""
-        groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
-        kind = type(self.optimizer).__name__
-        if kind == "ZeroRedundancyOptimizer":
+        """Refuse optimizers that hold no momentum for one of the parameters."""
+        groups = {p: (o, group) for o in self._optimizers for group in o.param_groups for p in group["params"]}
+        if any(type(o).__name__ == "ZeroRedundancyOptimizer" for o in self._optimizers):
             raise ValueError(
                 "ascent=Momentum(optimizer) needs the whole momentum on every rank, which ZeroRedundancyOptimizer "
                 "spreads: use ascent=Previous()."
@@ -72,12 +82,13 @@ class Momentum:
             if p not in groups:
                 raise ValueError(
                     f"ascent=Momentum(optimizer): the optimizer does not hold the selected parameter {name!r}; give it "
-                    "all of them, or select those that it holds (include, exclude)."
+                    "all of them, name every optimizer (a list), or select those that it holds (include, exclude)."
                 )
-            if not _has_momentum(groups[p]):
+            owner, group = groups[p]
+            if not _has_momentum(group):
                 raise ValueError(
-                    f"ascent=Momentum(optimizer) needs an optimizer with momentum, got {kind} without: use "
-                    "SGD(..., momentum=0.9), an Adam, or ascent=Previous()."
+                    f"ascent=Momentum(optimizer) needs an optimizer with momentum, got {type(owner).__name__} without: "
+                    "use SGD(..., momentum=0.9), an Adam, or ascent=Previous()."
                 )
 
     def vector(self, p: nn.Parameter) -> Tensor | None:
@@ -86,14 +97,15 @@ class Momentum:
         Raises:
             ValueError: an optimizer that keeps no momentum by a known name.
         """
-        state = self.optimizer.state.get(p)
-        if not state:
+        found = ((o, state) for o in self._optimizers if (state := o.state.get(p)))
+        owner, state = next(found, (None, None))
+        if state is None:
             return None
         for key in BUFFERS:
             if key in state:
                 return state[key]
         raise ValueError(
-            f"ascent=Momentum(optimizer): {type(self.optimizer).__name__} keeps {sorted(map(str, state))} for a "
+            f"ascent=Momentum(optimizer): {type(owner).__name__} keeps {sorted(map(str, state))} for a "
             f"parameter, and no momentum by the name {' or '.join(BUFFERS)}: use ascent=Previous(), or an optimizer of "
             "torch.optim."
         )

@@ -70,7 +70,7 @@ def msam(model: nn.Module, optimizer: Any, rho: Schedule, sign: int = -1, **opti
 
     Args:
         model: the model.
-        optimizer: the base optimizer, with momentum; see `Momentum`.
+        optimizer: the base optimizer, with momentum, or a list of several; see `Momentum`.
         rho: radius ρ > 0 in the units of the weights, a number or a function of the step; several times that of SAM.
         sign: −1 looks ahead, as the authors do, +1 uphill.
         options: further arguments of `GradientRegularizer`.
@@ -125,7 +125,7 @@ def cheap(
 
     Args:
         model: the model.
-        optimizer: the base optimizer, with momentum.
+        optimizer: the base optimizer, with momentum, or a list of several.
         num_steps: of the training; γ and ρ rise over the first 30 % of them.
         gamma: γ, on the share alone, in the steps that have a penalty, a number, a function of the step or a
             `TargetRatio`; None is `TargetRatio(0.03, ramp=0)`. Tune it first, by factors of 3.

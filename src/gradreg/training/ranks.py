@@ -31,7 +31,8 @@ class Ranks:
     """
 
     def __init__(self, model: nn.Module, ascent_sync: str, is_one_pass: bool = False) -> None:
-        self._replicas = model if isinstance(model, DistributedDataParallel) else None
+        wrapped = getattr(model, "_forward_module", model)  # Lightning Fabric holds the wrapper within its own
+        self._replicas = wrapped if isinstance(wrapped, DistributedDataParallel) else None
         self._meshes = {p.device_mesh for p in model.parameters() if vectors.is_sharded(p)}  # type: ignore[attr-defined]
         self.is_local = ascent_sync == "local" and _world_size() > 1
         if self.is_local and self._replicas is None:

@@ -1,8 +1,8 @@
 """The selection: which parameters are displaced and penalized.
 
 Names are those of `model.named_parameters()`, with and without what wrappers put in front (`module.` of DDP,
-`_orig_mod.` of torch.compile, FSDP and checkpoint wrappers), so a pattern written for the bare model matches the
-wrapped one. A tied parameter has several names; any of them selects or excludes it.
+`_orig_mod.` of torch.compile, FSDP, Fabric and checkpoint wrappers), so a pattern written for the bare model matches
+the wrapped one. A tied parameter has several names; any of them selects or excludes it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ Rule = str | type[nn.Module] | Predicate
 Rules = Rule | Iterable[Rule]
 
 _WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPED += ("_forward_module", "_original_module")  # Lightning Fabric's
 _WRAPPERS = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(_WRAPPED)})\.")
 
 

@@ -81,7 +81,7 @@ class Watch:
                 return True
             call = getattr(call, "beneath", None)
         self._call = _seeing(model, self)
-        model._compiled_call_impl = self._call
+        object.__setattr__(model, "_compiled_call_impl", self._call)  # Fabric's wrapper sets it on the model within too
         return False
 
     # In the first pass.
@@ -273,9 +273,9 @@ def _seeing(model: nn.Module, watch: Watch) -> Callable[..., Any]:
         module: Any = this()
         if module is not None and module._compiled_call_impl is call:
             if compiled is None:
-                del module._compiled_call_impl
+                object.__delattr__(module, "_compiled_call_impl")
             else:
-                module._compiled_call_impl = compiled
+                object.__setattr__(module, "_compiled_call_impl", compiled)
 
     call.beneath = compiled  # type: ignore[attr-defined]
     weakref.finalize(watch, leave, None).atexit = False
