@@ -24,6 +24,7 @@ from gradreg.lab.config import RunConfig, configure
 from gradreg.lab.rows import moved
 from gradreg.lab.task import Task
 from gradreg.lab.tasks import trained
+from gradreg.lab.train.forward import compiled, laid_out, loss_of
 
 RATE = 1e-3  # small: the timed weights should stay where they are
 WARM_UP = 3  # rounds that allocate
@@ -43,18 +44,20 @@ def step_costs(task: RunConfig, chosen: Mapping[str, Mapping[str, Any]], rounds:
 
 
 def make_step(config: RunConfig, task: Task, device: torch.device = CPU) -> Step:
-    """One training step on the first rows, from the freshly built model of the run."""
-    model = task.build(config.seed).to(device).train()
+    """One training step on the first rows, from the freshly built model of the run, in its layout and precision."""
+    model = laid_out(task.build(config.seed), config, device).train()
+    forward = compiled(model, config)
+    loss = loss_of(task, forward, config, device)
     batch = moved(next(iter(task.train.chunks(config.batch_size, 0)))[0], device)
     if task.optimizer is None:
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=config.weight_decay)
     else:
         optimizer = task.optimizer(model.parameters(), lr=RATE, weight_decay=config.weight_decay)
-    backward = attach(model, 1, config, optimizer).backward  # a run of one step: no warm-up
+    backward = attach(forward, 1, config, optimizer).backward  # a run of one step: no warm-up
 
     def step() -> None:
         optimizer.zero_grad()
-        backward(lambda batch: task.objective.loss(model, batch), [batch])
+        backward(loss, [batch])
         optimizer.step()
 
     return step
