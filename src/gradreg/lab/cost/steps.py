@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from statistics import median, mode
 from typing import Any, TypeVar
 
@@ -61,6 +62,28 @@ def make_step(config: RunConfig, task: Task, device: torch.device = CPU) -> Step
         optimizer.step()
 
     return step
+
+
+def captured(step: Step) -> Step:
+    """A step that is one launch of a CUDA graph: what the host does around it is done once, when it is captured.
+
+    Steps are made before, in which a method may check and measure more than later.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return partial(_replay, graph, step)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, step: Step) -> None:
+    del step  # kept by the partial, for it holds the memory that the graph reads and writes
+    graph.replay()
 
 
 def is_processor_time(device: torch.device, threads: int) -> bool:
