@@ -16,18 +16,19 @@ import gradreg
 from gradreg.lab import batched
 from gradreg.lab.comparison import folder as comparisons
 from gradreg.lab.comparison import report, run
-from gradreg.lab.comparison.plan import Plan
+from gradreg.lab.comparison.arms import arm_of
+from gradreg.lab.comparison.plan import Plan, example
 from gradreg.lab.comparison.schedule import ComparisonSchedule
 from gradreg.lab.cost import own
 from gradreg.lab.cost.grid import verdict
-from gradreg.lab.cost.steps import captured
+from gradreg.lab.cost.steps import captured, make_step
 from gradreg.lab.data.places import standing_for
 from gradreg.lab.folder import BadInput
 from gradreg.lab.page import publish
 from gradreg.lab.processes import resolve
 from gradreg.lab.sweep.complete import check_complete
 from gradreg.lab.sweep.storage import Place
-from gradreg.lab.tasks import metric_of
+from gradreg.lab.tasks import metric_of, trained
 from gradreg.studies.gpu.plan import Grid, Piece, Steps, Tests, models
 
 Row = dict[str, Any]
@@ -114,16 +115,16 @@ def _comparison(plan: Plan, name: str, sitting: Sitting) -> Row:
     """Begun, or gone on with from its last run that finished."""
     folder = sitting.folder / name
     plan = replace(plan, base=replace(plan.base, path=sitting.path, device=sitting.device))
-    is_new = not (folder / "config.json").exists()
-    if is_new:
+    if not (folder / "config.json").exists():
         run.check(plan)
+        known, said = _borne(plan)
         folder.mkdir(exist_ok=True)
         place = Place("compare", folder.resolve())
-        run.begin(plan, folder, place, sitting.command, sitting.workers, ())
-        known = plan
+        run.begin(known, folder, place, sitting.command, sitting.workers, said)
     else:
         known, place, about = comparisons.find(folder, None)
-        if replace(known, base=replace(known.base, path=sitting.path, device=sitting.device)) != plan:
+        same = replace(known, base=replace(known.base, path=sitting.path, device=sitting.device), methods=plan.methods)
+        if same != plan:
             raise BadInput(f"--resume must hold pieces of this version, and {name} is of another plan: take it away.")
         check_complete(folder, place, ComparisonSchedule(known, metric_of(known.base)), about.get("command"))
     data = (known.base.path, sitting.path)
@@ -132,6 +133,21 @@ def _comparison(plan: Plan, name: str, sitting: Sitting) -> Row:
         results = run.carry_out(known, folder, place, workers, data)
     publish(report.page(results), folder)
     return results
+
+
+def _borne(plan: Plan) -> tuple[Plan, list[str]]:
+    """Without the methods whose step raises something on this device, which else would take the others along."""
+    task, device = trained(plan.base), resolve(plan.base.device)
+    said: list[str] = []
+    methods = []
+    for method in plan.methods:
+        try:
+            make_step(example(plan, arm_of(method, plan.by)), task, device)()
+            methods.append(method)
+        except Exception as error:  # whatever a backend says
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            said.append(f"Left out: {method}, whose step raised {why}.")
+    return replace(plan, methods=tuple(methods)), said
 
 
 def so_far(name: str, sitting_folder: Path) -> tuple[Row | None, int, int]:

@@ -23,7 +23,7 @@ from gradreg.lab.page import markdown, publish, tell
 from gradreg.lab.processes import resolve
 from gradreg.lab.records import read_record, sealed
 from gradreg.studies.gpu.page import page, told
-from gradreg.studies.gpu.plan import Piece, Steps, pieces
+from gradreg.studies.gpu.plan import PIECES, Piece, Steps, pieces
 from gradreg.studies.gpu.play import NotHere, Sitting, play, so_far
 
 KIND = "gpu"
@@ -128,7 +128,8 @@ def gathered(folder: Path, is_quick: bool) -> Row:
 
 
 def _gathered(folder: Path, name: str, piece: Piece, why: str) -> Row:
-    row: Row = {"name": name, "about": piece.about, "minutes": piece.minutes, "took": 0.0, "result": None, "why": why}
+    planned = PIECES[name].minutes
+    row: Row = {"name": name, "about": piece.about, "minutes": planned, "took": 0.0, "result": None, "why": why}
     try:
         about = read_record(_path(folder, name))
         return {**row, "why": "", "is_whole": True, **{key: about[key] for key in ("took", "device", "result")}}
