@@ -193,6 +193,27 @@ def test_a_step_is_made_in_the_precision_and_layout_of_its_run_and_on_what_is_co
     assert len(called) == 1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["SGD", "F-GR", "SAM", "DB"])
+def test_a_captured_step_is_the_step_itself(method):
+    device, config = torch.device("cuda"), RunConfig(data="digits", model="cnn", width=4, batch_size=10, warmup=0.0)
+    config = replace(config, method=method, **COMPARED[method])
+    models, task = [], trained(config)
+
+    def keeping():
+        models.append(task.model())
+        return models[-1]
+
+    own = replace(task, model=keeping)
+    plain, in_a_graph = (costs.make_step(config, own, device) for _ in range(2))
+    for _ in range(costs.WARM_UP + 2):
+        plain()
+    replay = costs.captured(in_a_graph)  # its warm-up is made, the captured one is not
+    replay(), replay()
+    for a, b in zip(models[0].parameters(), models[1].parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_quick_takes_a_quarter_of_the_batch_except_for_the_mlp():
     full, quick = Plan(), Plan(is_quick=True)
     for a, b in zip(full.cases, quick.cases):

@@ -285,7 +285,9 @@ def test_where_the_data_is_not_there_both_ways_to_get_it_are_said(tmp_path, monk
     assert "data fashion-mnist was not found. Two ways to get it: on Debian and Ubuntu: apt install" in said
     assert "put the four files of https://github.com/zalandoresearch/fashion-mnist into a folder" in said
     assert not out.exists()
-    assert "path must be a folder with IDX files" in refused(["--quick", "--path", str(tmp_path / "no")], capsys)
+    said = refused(["--quick", "--path", str(tmp_path / "no")], capsys)
+    assert "path must be a folder with IDX files" in said
+    assert "Two ways to get Fashion-MNIST: on Debian and Ubuntu" in said
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from gradreg.lab.commands.options import Device, Out, Workers, Write, app, switch, whole
+from gradreg.lab.commands.options import MOST_WORKERS, Device, Out, Write, app, switch, whole
 from gradreg.lab.folder import BadInput, new_folder
 from gradreg.lab.names import one_of
 
@@ -29,7 +29,10 @@ def gpu(
         str | None, Parameter(name="--path", help="Folder of Fashion-MNIST; by default that of Debian's package.")
     ] = None,
     device: Device = "auto",
-    workers: Workers = None,
+    workers: Annotated[
+        int | None,
+        whole("--workers", 1, MOST_WORKERS, "Processes that share the device; by default 6 on a GPU, else 2"),
+    ] = None,
     resume: Annotated[Path | None, Parameter(name="--resume", help="Folder to go on with.")] = None,
     out: Out = None,
     write: Write = None,

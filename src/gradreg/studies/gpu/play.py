@@ -97,6 +97,8 @@ def _steps(steps: Steps, sitting: Sitting) -> Row:
     for name, config in models(sitting.is_quick).items():
         path = sitting.path if config.data == "fashion-mnist" else None
         settings: Row = {**steps.settings, "path": path, "device": sitting.device}
+        if steps.settings.get("compile"):
+            torch.compiler.reset()  # what was compiled for other models counts against these
         plan = own.Plan(replace(config, **settings), rounds=6 if sitting.is_quick else None, budget=steps.seconds)
         way = captured if steps.is_captured else lambda step: step
         rows.append({"name": name, **own.measured(plan, way, has_memory=not steps.needs_gpu)})
