@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gradreg import cli
-from gradreg.lab import BadInput, Comparison, Loop, Task, compare, stats, tasks
+from gradreg.lab import BadInput, Comparison, Loop, Task, compare, objective, stats, tasks
 from gradreg.lab.comparison import arms, run
 from gradreg.lab.comparison.arms import BASELINE, LONGER, around
 from gradreg.lab.comparison.plan import FIRST_SEED, LADDER, Effort, Plan, checked_methods
@@ -25,6 +25,8 @@ from gradreg.lab.config import RunConfig
 from gradreg.lab.metric import ACCURACY, Metric
 from gradreg.lab.records import read_record
 from gradreg.lab.sweep import workers as workers_module
+from gradreg.lab.sweep.storage import Place
+from gradreg.lab.sweep.study import Study
 from gradreg.lab.tables import WIDTH
 
 QUICK = {"trials": 6, "seeds": 3, "workers": 1}
@@ -134,6 +136,45 @@ def test_names_of_methods_in_any_spelling_each_once():
     for by in ("ratio", "gamma"):
         plan = Plan(RunConfig(), ALL, by=by)
         run.check(plan)  # each has a run
+
+
+def test_a_field_of_an_arm_can_be_held():
+    names = checked_methods(["fgr:epsilon=0.01", "F-GR:epsilon=1e-2", "cheap:period=1", "F-GR:gamma=0.1"], "ratio")
+    assert names == ("F-GR:epsilon=0.01", "cheap:period=1", "F-GR:gamma=0.1")
+    assert checked_methods(names, "ratio") == names
+    plan = Plan(RunConfig(), names)
+    run.check(plan)
+    small, every, strong = plan.arms[1:4]
+    assert (small.name, every.name) == ("F-GR, ε 0.01", "cheap, period 1")
+    assert [set(point) for point in small.settings] == [{"ratio"}] * 3  # the same for either ε is asked once
+    assert [set(point) for point in strong.settings] == [{"epsilon"}] * 2  # no ratio beside γ
+    config = every.config(plan.base, {"ratio": 0.1, "epsilon": 0.5, "lookahead": 0.3}, 0)
+    assert (config.period, config.fraction) == (1, 0.1)
+    assert Plan.from_row(json.loads(json.dumps(plan.as_row()))) == plan
+
+
+def test_short_runs_search_and_long_ones_choose(recorded):
+    """Short runs mislead here: they are best at the largest learning rate, long ones at 0.01."""
+
+    def train(run):
+        short = run.epochs < 20
+        found = math.log10(run.learning_rate) if short else quality(run)
+        return {"validation": found, "test": found}
+
+    trained = Recorder()
+    trained.__class__ = type("Both", (Recorder,), {"__call__": lambda self, run: self.runs.append(run) or train(run)})
+    found = compare(recorded(trained, epochs=20), ["F-GR"], search_epochs=5, **{**QUICK, "trials": 9})
+    lengths = Counter((r.epochs, r.scored_on) for r in trained.runs if r.method == "SGD")
+    assert lengths == {(5, "validation"): 18, (20, "validation"): 6, (20, "test"): 3, (10, "validation"): 18} | {
+        (40, "validation"): 6,
+        (40, "test"): 3,
+    }
+    plain = [r for r in trained.runs if r.method == "SGD" and r.epochs == 20]
+    tried = {r.learning_rate for r in plain if r.scored_on == "validation"}
+    assert found.rows[0]["learning_rate"] == min(tried, key=lambda rate: abs(math.log10(rate) + 2))
+    long = [quality(r) for r in plain if r.learning_rate == found.rows[0]["learning_rate"] and r.seed >= FIRST_SEED]
+    assert found.rows[0]["validation"] == pytest.approx(sum(long) / len(long))  # the short ones are not among them
+    assert any("for 5 epochs, the best 3 for all" in note for note in notes(found.results))
 
 
 @pytest.mark.parametrize(
@@ -319,6 +360,12 @@ BAD = [
     ({"trials": 0}, "trials must be a whole number from 1, got 0"),
     ({"seeds": 1}, "seeds must be a whole number from 2, got 1"),
     ({"by": "value"}, "by must be ratio or gamma, got 'value'"),
+    ({"search_epochs": -1}, "search_epochs must be a whole number from 0, got -1"),
+    ({"search_epochs": 30}, "--search-epochs must be from 1 to 29, less than the epochs of a run, got '30'"),
+    ({"methods": ["F-GR:epsilon"]}, "must hold fields of a method, such as F-GR:epsilon=0.01, got 'epsilon'"),
+    ({"methods": ["F-GR:model=cnn"]}, "must hold fields of a method, such as F-GR:epsilon=0.01, got 'model=cnn'"),
+    ({"methods": ["F-GR:epsilon=0"]}, "epsilon must be a number above 0"),
+    ({"methods": ["SAM:gamma=1"]}, "gamma must be left out with method SAM"),
     ({"budget": "soon"}, "--budget must be a time with its unit, such as 90s, 30m or 2h, got 'soon'"),
     ({"nonsense": 3}, "unknown field 'nonsense'"),
     ({"epochs": 0}, "epochs must be a whole number from 1"),
@@ -445,7 +492,7 @@ REFUSED = [
     ("compare digits --methods", "--methods"),
     ("compare digits --methods fgrr", "--methods must be one of"),
     ("compare digits --trials 0", "--trials must be a whole number from 1 to 1000, got '0'"),
-    ("compare digits --budget 30m --trials 3", "--budget must be left out with --trials and --seeds, which it decides"),
+    ("compare digits --budget 30m --trials 3", "--budget must be left out with --trials, --seeds and"),
     ("compare digits --budget never", "--budget must be a time with its unit"),
     ("compare digits --resume nowhere", "--resume must be the folder of a comparison, got 'nowhere': No such file"),
     ("compare digits --resume x --out y", "--out must be left out with --resume"),
@@ -488,6 +535,38 @@ def test_others_join_by_a_database(here, capsys):
     assert ended(here / "a") == ended(here / "b")
     assert cli.main([*words, "--trials", "3", "--out", "c"]) == 2
     assert "trials differs" in capsys.readouterr().err
+
+
+def test_what_an_earlier_version_began_goes_on(tmp_path):
+    """It knew fewer fields."""
+    plan = Plan(RunConfig(data="digits"))
+    row = json.loads(json.dumps(plan.as_row()))
+    del row["base"]["shrink"], row["base"]["activation"]
+    assert not {"search_epochs", "keeps_models"} & set(row)
+    assert Plan.from_row(row) == plan
+    place = Place("compare", tmp_path)
+    with Study(place, row):
+        pass
+    run.open_study(place, plan)
+    with pytest.raises(BadInput, match="base differs"):
+        run.open_study(place, Plan(RunConfig(data="digits", activation="silu")))
+
+
+def test_models_of_the_test_are_kept(here, capsys):
+    words = ["compare", "mine.py", "--methods", "F-GR:epsilon=0.1", "--trials", "1", "--seeds", "2", "--keep-models"]
+    assert cli.main([*words, "--out", "a"]) == 0
+    files = {path.name for path in (here / "a" / "models").iterdir()}
+    assert files == {
+        f"{arm}-{seed}.safetensors" for arm in ("SGD", "F-GR-epsilon-0.1", "SGD-twice-as-long") for seed in (0, 1)
+    }
+    from safetensors.torch import load_file
+
+    made = tasks.find(tasks.from_file("mine.py").reference)
+    row = read_record(here / "a" / "results.json")["arms"][1]
+    for seed, score in enumerate(row["scores"]):
+        model = made.build(99)
+        model.load_state_dict(load_file(here / "a" / "models" / f"F-GR-epsilon-0.1-{seed}.safetensors"))
+        assert objective.evaluate(model, made.test, of=made.objective).score == pytest.approx(score)
 
 
 def test_tensors_of_an_mlp_are_stacked(monkeypatch, tmp_path):

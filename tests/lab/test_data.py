@@ -118,6 +118,7 @@ def test_more_rows_of_mnist1d_are_like_the_first():
         ({"data": "hub"}, "path must be given with data hub: the name of an image data set"),
         ({"data": "images"}, "path must be given with data images: a folder"),
         ({"augment": True}, "augment must be false with data mnist1d"),
+        ({"shrink": 2}, "shrink must be 1 with data mnist1d: only images "),
         ({"data": "digits", "augment": True}, "augment must be false with data digits"),
         ({"data": "text", "augment": True}, "augment must be false with data text"),
         ({"data": "text", "random_labels": 0.1}, "random_labels must be 0 with data text, got 0.1"),

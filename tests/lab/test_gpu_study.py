@@ -3,12 +3,10 @@
 The data is made here: four IDX files of random pixels, whose digests stand for those of Fashion-MNIST.
 """
 
-import gzip
 import hashlib
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import textwrap
@@ -19,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from idx_files import encoded, write
 
 from gradreg import cli
 from gradreg.lab.comparison import run as comparison
@@ -34,15 +33,15 @@ SIDE, TRAIN, TEST = 28, 120, 20
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """The folder, and the digests of what is in it."""
-    folder, digests = tmp_path_factory.mktemp("data"), {}
-    dice = np.random.default_rng(0)
+    folder, dice = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    files, digests = {}, {}
     for half, word, count in (("train", "train", TRAIN), ("t10k", "test", TEST)):
         images = dice.integers(0, 256, (count, SIDE, SIDE), dtype=np.uint8)
         labels = (np.arange(count) % 10).astype(np.uint8)
         for what, array in (("images-idx3", images), ("labels-idx1", labels)):
-            head = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
-            (folder / f"{half}-{what}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
-            digests[f"{word} {what.split('-')[0]}"] = hashlib.sha256(head + array.tobytes()).hexdigest()
+            files[f"{half}-{what}-ubyte"] = array
+            digests[f"{word} {what.split('-')[0]}"] = hashlib.sha256(encoded(array)).hexdigest()
+    write(folder, files)
     return folder, digests
 
 
@@ -117,7 +116,7 @@ def test_a_dry_run_of_every_kind_of_piece(quick, tmp_path, monkeypatch):
     assert "| resnet-18 | claim (b): ResNet-18 on all rows | 7 |" in written
     assert "over SGD's" not in written
     shown = (tmp_path / "gpu" / "report.html").read_text(encoding="utf-8")
-    for text in ("Time of a step, over SGD", "Peak memory of a step", "F-GR, ε 0.5 − F-GR, ε 0.02"):
+    for text in ("Time of a step, over SGD", "Peak memory of a step", "F-GR, ε 0.5 − F-GR, ε 0.02", "b2"):
         assert text in shown
 
     found = {row["name"]: row["result"] for row in results(tmp_path)["pieces"]}

@@ -1,11 +1,9 @@
 """IDX files: MNIST and its kin, small ones made here; whatever is not whole is refused by name."""
 
-import gzip
-import struct
-
 import numpy as np
 import pytest
 import torch
+from idx_files import encoded, write
 
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import idx, load
@@ -21,10 +19,6 @@ def _no_cache():
     idx._read.cache_clear()
 
 
-def encoded(array, kind=8):
-    return bytes((0, 0, kind, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-
-
 def arrays(num_classes=4, first=0):
     dice = np.random.default_rng(0)
     made = {}
@@ -32,16 +26,6 @@ def arrays(num_classes=4, first=0):
         made[f"{part}-images-idx3-ubyte"] = dice.integers(0, 256, (count, SIDE, SIDE), dtype=np.uint8)
         made[f"{part}-labels-idx1-ubyte"] = (np.arange(count) % num_classes + first).astype(np.uint8)
     return made
-
-
-def write(folder, files, compressed=True, prefix=""):
-    folder.mkdir(exist_ok=True, parents=True)
-    for name, array in files.items():
-        content = array if isinstance(array, bytes) else encoded(array)
-        if compressed:
-            (folder / f"{prefix}{name}.gz").write_bytes(gzip.compress(content))
-        else:
-            (folder / f"{prefix}{name}").write_bytes(content)
 
 
 def config(path, **fields):
@@ -66,6 +50,18 @@ def test_four_files_are_three_parts(tmp_path, compressed):
     assert split.test.x.shape == (TEST, 1, SIDE, SIDE)
     assert split.num_classes == 4
     assert build(config(tmp_path), split)(split.test.x).shape == (TEST, 4)
+
+
+def test_images_are_averaged_over_squares(tmp_path):
+    write(tmp_path, arrays())
+    whole, small = load(config(tmp_path)), load(config(tmp_path, shrink=4))
+    for part in ("train", "validation", "test"):
+        before, after = getattr(whole, part), getattr(small, part)
+        assert after.x.shape == (len(before), 1, 1, 1)  # 6 pixels hold one square of 4
+        torch.testing.assert_close(after.x[:, 0, 0, 0], before.x[:, 0, :4, :4].mean((1, 2)))
+        assert torch.equal(before.y, after.y)
+    with pytest.raises(BadInput, match="shrink must be from 1 to 6 for images of 6×6, got '7'"):
+        load(config(tmp_path, shrink=7))
 
 
 def test_labels_that_begin_at_one_are_counted_from_zero(tmp_path):

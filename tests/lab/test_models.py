@@ -141,6 +141,7 @@ def test_the_default_is_the_published_size():
         ("resnet18", {"depth": 20}, r"depth must be 8n \+ 2 with model resnet18 \(10, 18, 26, 34, …\), got 20"),
         ("wideresnet", {"depth": 4}, r"depth must be 6n \+ 4 .*got 4"),
         ("cnn", {"depth": 4}, "depth must be from 1 to 3 with model cnn on 8×8 images, got 4"),
+        ("vit", {"activation": "silu"}, "activation must be left out with model vit, which has GELU, got 'silu'"),
         ("vit", {"width": 30}, "width must be a multiple of 4 with model vit, got 30"),
         ("gpt", {"width": 30}, "width must be a multiple of 4 with model gpt, got 30"),
     ],
@@ -171,7 +172,21 @@ def test_blocks_are_as_published():
     torch.testing.assert_close(same(x), inner + x)
 
 
-@pytest.mark.parametrize(("height", "width", "patch"), [(32, 32, 4), (8, 8, 1), (28, 28, 2), (64, 96, 8), (30, 30, 3)])
+@pytest.mark.parametrize("model", ["mlp", "cnn", "resnet18", "wideresnet"])
+def test_a_smooth_activation_is_everywhere_and_changes_no_weight(model):
+    config, split = of(model)
+    kinked, smooth = build(config, split), build(replace(config, activation="silu"), split)
+    kinds = [type(m) for m in smooth.modules()]
+    assert nn.SiLU in kinds
+    assert nn.ReLU not in kinds
+    assert all(torch.equal(a, b) for a, b in zip(kinked.state_dict().values(), smooth.state_dict().values()))
+    x = split.train.x[:3]
+    assert not torch.equal(kinked(x), smooth(x))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "patch"), [(32, 32, 4), (8, 8, 1), (28, 28, 4), (14, 14, 2), (64, 96, 8), (30, 30, 3)]
+)
 def test_patches_cut_the_image_without_a_rest(height, width, patch):
     part = Part(torch.randn(2, 3, height, width), torch.zeros(2, dtype=torch.long))
     built = build(RunConfig(model="vit", width=8, depth=1), Split(part, part, part))

@@ -10,9 +10,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +21,8 @@ from gradreg.lab.batched import is_worthwhile, run_all_batched
 from gradreg.lab.runs import Job, Result, run
 from gradreg.lab.tasks import Source, know, sources
 
+T = TypeVar("T")
+R = TypeVar("R")
 Played = Generator[tuple[int, Result], None, None]
 
 
@@ -39,12 +42,17 @@ def play(jobs: Sequence[Job], workers: int) -> Played:
 
 
 def run_all(jobs: Sequence[Job], workers: int) -> Played:
-    """Each job by itself, bitwise what `runs.run` gives.
+    """Each job by itself, bitwise what `runs.run` gives."""
+    return on_processes(run, jobs, workers)
 
-    Ctrl-C reaches this process alone: runs that wait are dropped, those under way end and are not reported.
+
+def on_processes(call: Callable[[T], R], items: Sequence[T], workers: int) -> Generator[tuple[int, R], None, None]:
+    """`call(item)` of each, with its place, as they finish; on processes of one thread that know this one's tasks.
+
+    Ctrl-C reaches this process alone: calls that wait are dropped, those under way end and are not reported.
     """
     if workers == 1:
-        yield from ((k, run(job)) for k, job in enumerate(jobs))
+        yield from ((k, call(item)) for k, item in enumerate(items))
         return
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, spawn, initializer=_prepare, initargs=(sources(),))
@@ -52,7 +60,7 @@ def run_all(jobs: Sequence[Job], workers: int) -> Played:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the processes that `submit` starts
         try:
             with without_main():
-                futures = {pool.submit(run, job): k for k, job in enumerate(jobs)}
+                futures = {pool.submit(call, item): k for k, item in enumerate(items)}
         finally:
             signal.signal(signal.SIGINT, before)
         for future in as_completed(futures):

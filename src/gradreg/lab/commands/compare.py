@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +43,10 @@ def compare(
     methods: Annotated[
         list[str] | None,
         Parameter(
-            name="--methods", consume_multiple=True, negative="", help="Compared with SGD, such as F-GR SAM cheap."
+            name="--methods",
+            consume_multiple=True,
+            negative="",
+            help="Compared with SGD, such as F-GR SAM F-GR:epsilon=0.01.",
         ),
     ] = None,
     trials: Annotated[int | None, whole("--trials", 1, 1000, "Candidates for each method; by default 12")] = None,
@@ -54,6 +58,10 @@ def compare(
     by: Annotated[
         str, Parameter(name="--by", help="What is searched for in place of γ: ratio, or gamma itself.")
     ] = "ratio",
+    search_epochs: Annotated[
+        int | None, whole("--search-epochs", 1, 10**6, "Of a candidate; the best three then train for all epochs")
+    ] = None,
+    keep_models: Annotated[bool, switch("--keep-models", "Keep the weights of the test runs in models/.")] = False,
     no_opponent: Annotated[bool, switch("--no-opponent", "Leave out SGD for twice as long.")] = False,
     resume: Annotated[
         Path | None, Parameter(name="--resume", help="Folder of a comparison to go on with, or to join while it runs.")
@@ -78,7 +86,7 @@ def compare(
     by = one_of("--by", by, ("ratio", "gamma"))
     if methods is not None and not methods:
         raise BadInput("--methods must name at least one method, got nothing.")
-    _check_options(task, resume, storage, study, out, given, methods, trials, seeds, budget)
+    _check_options(task, resume, storage, study, out, given, methods, trials, seeds, budget, search_epochs, keep_models)
     fields = together(task, given)
 
     from gradreg.lab.comparison import run
@@ -101,7 +109,7 @@ def compare(
     elif (
         study is not None
         and storage is not None
-        and not _plans(methods, trials, seeds, budget, given)
+        and not _plans(methods, trials, seeds, budget, search_epochs, given)
         and _is_there(place := Place(study, url=storage))
     ):
         with Study(place) as known:
@@ -113,13 +121,14 @@ def compare(
         config = from_mapping(fields)
         named = [name for word in methods or DEFAULT_METHODS for name in word.split(",") if name.strip()]
         names = checked_methods(named, by)
-        effort = Effort(**{k: v for k, v in {"trials": trials, "seeds": seeds}.items() if v is not None})
-        plan = Plan(config, names, effort, seed, by, not no_opponent, digest_of(config.file) or "")
+        numbers = {"trials": trials, "seeds": seeds, "search_epochs": search_epochs}
+        effort = Effort(**{name: number for name, number in numbers.items() if number is not None})
+        plan = Plan(config, names, effort, seed, by, not no_opponent, digest_of(config.file) or "", keep_models)
         run.check(plan)
         said: list[str] = []
         if budget is not None:
             bought = run.afforded(plan, run.seconds_of(budget), count)
-            plan, said = Plan(config, names, bought.effort, seed, by, not no_opponent, plan.digest), bought.not_afforded
+            plan, said = replace(plan, effort=bought.effort), bought.not_afforded
             print(*said, sep="\n")
         place = Place(study or _name(out), url=storage) if storage else None
         if place is not None:
@@ -179,9 +188,9 @@ def _check_options(
         raise BadInput("TASK must be given: FILE.py, FILE.py:NAME, or a built-in task such as digits.")
     if study is not None and storage is None:
         raise BadInput("--study must be given with --storage.")
-    trials, seeds, budget = planned[1:]
-    if budget is not None and (trials is not None or seeds is not None):
-        raise BadInput("--budget must be left out with --trials and --seeds, which it decides.")
+    trials, seeds, budget, search_epochs = planned[1:5]
+    if budget is not None and (trials, seeds, search_epochs) != (None, None, None):
+        raise BadInput("--budget must be left out with --trials, --seeds and --search-epochs, which it decides.")
     if budget is not None:
         from gradreg.lab.comparison.run import seconds_of
 
@@ -201,6 +210,8 @@ def _command(task: str | None, plan: Any, storage: str | None, name: str) -> str
     words: list[Any] = ["gradreg", "compare", base.data if base.file is None else word_of(base.file)]
     words += ["--methods", *plan.methods, "--trials", plan.effort.trials, "--seeds", plan.effort.seeds]
     words += ["--seed", plan.first_seed] if plan.first_seed else []
+    words += ["--search-epochs", plan.effort.search_epochs] if plan.effort.search_epochs else []
+    words += ["--keep-models"] if plan.keeps_models else []
     words += ["--by", plan.by] if plan.by != "ratio" else []
     words += [] if plan.has_opponent else ["--no-opponent"]
     defaults = {

@@ -6,7 +6,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ def compare(
     seeds: int = DEFAULT_SEEDS,
     workers: int | None = None,
     by: str = "ratio",
+    search_epochs: int = 0,
     opponent: bool = True,
     budget: str | None = None,
     first_seed: int = 0,
@@ -52,11 +53,12 @@ def compare(
 
     Args:
         task: a `Task`, a function of a `Run` or a `Loop`, the name of a built-in task, or a file, `mine.py:task`.
-        methods: names of the laboratory's methods, of the task's own, or `cheap`.
+        methods: names of the laboratory's methods, of the task's own, or `cheap`; `F-GR:epsilon=0.01` holds a field.
         trials: candidates of each arm.
         seeds: of the test, paired.
         workers: processes of one thread; by default two. With 1 all is done here.
         by: what is searched for in the place of γ: `ratio`, that γ shall keep, or `gamma`.
+        search_epochs: of a candidate, of which the best three then train for all epochs; 0 trains each for all.
         opponent: also train plainly for twice as long, which is what the time of two passes buys.
         budget: a time such as `30m` that decides trials and seeds.
         first_seed: of the test's consecutive seeds.
@@ -73,7 +75,7 @@ def compare(
         >>> [row["name"] for row in found.rows]
         ['SGD', 'F-GR']
     """
-    plan = _plan(task, methods, Effort(trials, seeds), by, opponent, first_seed, fields)
+    plan = _plan(task, methods, Effort(trials, seeds, search_epochs=search_epochs), by, opponent, first_seed, fields)
     count = workers or default_workers()
     place_of = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="gradreg-compare-"))
     try:
@@ -101,7 +103,12 @@ def _plan(
 ) -> Plan:
     if by not in ("ratio", "gamma"):
         raise BadInput(f"by must be ratio or gamma, got {by!a}.")
-    for name, value, low in (("trials", effort.trials, 1), ("seeds", effort.seeds, 2), ("first_seed", first_seed, 0)):
+    for name, value, low in (
+        ("trials", effort.trials, 1),
+        ("seeds", effort.seeds, 2),
+        ("first_seed", first_seed, 0),
+        ("search_epochs", effort.search_epochs, 0),
+    ):
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise BadInput(f"{name} must be a whole number from {low}, got {value!r}.")
     if isinstance(task, str):
@@ -120,7 +127,7 @@ def _begun(plan: Plan, folder: Path, storage: str | None, budget: str | None, wo
     said: list[str] = []
     if budget is not None:
         bought = run.afforded(plan, run.seconds_of(budget), workers)
-        plan = Plan(plan.base, plan.methods, bought.effort, plan.first_seed, plan.by, plan.has_opponent, plan.digest)
+        plan = replace(plan, effort=bought.effort)
         said = bought.not_afforded
     if any(folder.iterdir()) if folder.is_dir() else True:
         new_folder(folder, "compare")

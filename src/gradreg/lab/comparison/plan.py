@@ -106,8 +106,8 @@ class Plan:
         return tuple(range(self.first_seed, self.first_seed + self.effort.seeds))
 
     def as_row(self) -> dict[str, Any]:
-        """As JSON: what is compared on resuming, and `from_row` reads."""
-        return {
+        """As JSON: what is compared on resuming, and `from_row` reads. What came later is there only if it is set."""
+        row = {
             "kind": KIND,
             "base": asdict(self.base),
             "methods": list(self.methods),
@@ -117,8 +117,10 @@ class Plan:
             "has_opponent": self.has_opponent,
             "digest": self.digest,
             "keeps_models": self.keeps_models,
-            **({"num_records": self.num_records} if self.num_records != RECORDS else {}),  # earlier ones have none
+            "num_records": self.num_records,
         }
+        later = {"search_epochs": 0, "keeps_models": False, "num_records": RECORDS}
+        return {name: value for name, value in row.items() if name not in later or value != later[name]}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Plan:

@@ -166,12 +166,14 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     plan, metric = results["plan"], Metric.from_row(results["metric"])
     seeds = results["seeds"]
     way = "higher" if metric.higher_is_better else "lower"
-    tried = f"{plan['trials']} candidates on {plan['search_seeds']} seed{plural(plan['search_seeds'])}"
+    best = min(plan["finalists"], plan["trials"])
+    trials, search_seeds = plan["trials"], plan["search_seeds"]
+    tried = f"{trials} candidate{plural(trials)} on {search_seeds} seed{plural(search_seeds)}"
     if plan.get("search_epochs"):
         tried += f" for {plan['search_epochs']} epochs"
-        tried += f", the best {plan['finalists']} for all on {plan['final_seeds']} more"
+        tried += f", the best {best} for all on {plan['final_seeds']} more"
     elif plan["final_seeds"] and plan["finalists"]:
-        tried += f", the best {plan['finalists']} again on {plan['final_seeds']} more"
+        tried += f", the best {best} again on {plan['final_seeds']} more"
     unit = "percent" if metric.is_share else "the unit of the score"
     said = [
         f"Score: {metric.name} on test rows, in {unit}; {way} is better. Mean and 95 % interval (Student's t) over "

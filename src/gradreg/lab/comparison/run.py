@@ -41,6 +41,9 @@ def check(plan: Plan) -> None:
         BadInput: a task that does not run, a method that the task does not bear.
     """
     task = tasks.task_of(plan.base)
+    if plan.effort.search_epochs >= plan.base.epochs:
+        most = f"from 1 to {plan.base.epochs - 1}, less than the epochs of a run"
+        raise BadInput(f"--search-epochs must be {most}, got '{plan.effort.search_epochs}'.")
     for arm in plan.arms:
         example(plan, arm)
     if isinstance(task, Loop):

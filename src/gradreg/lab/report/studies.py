@@ -13,11 +13,11 @@ from functools import cached_property
 from typing import Any
 
 from gradreg.lab import stats
-from gradreg.lab.config import FIELDS, SETTINGS
+from gradreg.lab.config import BUILT_IN, FIELDS, SETTINGS
 from gradreg.lab.methods import METHODS
 from gradreg.lab.metric import ACCURACY, Metric
 
-TASK = ("file", "data", "path", "num_train", "random_labels", "augment", "model", "depth", "width", "epochs")
+TASK = ("file", *BUILT_IN, "epochs")
 """Fields that say what is learned; runs that differ in one of them are not compared."""
 
 Row = dict[str, Any]

@@ -30,6 +30,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from gradreg.lab.config import FIELDS
 from gradreg.lab.folder import BadInput
 from gradreg.lab.runs import Result
 from gradreg.lab.sweep.board import DUPLICATE, INTERRUPTED, LOST, Board, Entry
@@ -46,6 +47,13 @@ LASTING = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENO
 
 OPENING_WAITS = (0.5, 2.0)
 """The same on opening, where a wrong address should soon be told; two that make the tables at once need one."""
+
+
+def _with_all_fields(plan: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A plan of an earlier version lacks fields that have come since: they are as they were, at their defaults."""
+    if not isinstance(plan.get("base"), Mapping):
+        return plan
+    return {**plan, "base": {**{name: spec.default for name, spec in FIELDS.items()}, **plan["base"]}}
 
 
 class Study:
@@ -95,7 +103,7 @@ class Study:
                 known = self._study.user_attrs["plan"]
         if known is None:
             raise BadInput(f"the study must be one of gradreg sweep; {self.place} is not.")
-        if plan is not None and known != plan:
+        if plan is not None and _with_all_fields(known) != _with_all_fields(plan):
             different = next(key for key in {**known, **plan} if known.get(key) != plan.get(key))
             raise BadInput(
                 f"the configuration must be that of the study {self.place}; {different} differs. "

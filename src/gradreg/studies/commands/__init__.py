@@ -1,5 +1,5 @@
 """The commands of the studies; importing this adds them to the app."""
 
-from gradreg.studies.commands import claims, experiments, frontier, gpu
+from gradreg.studies.commands import claims, experiments, frontier, gpu, images
 
-__all__ = ["claims", "experiments", "frontier", "gpu"]
+__all__ = ["claims", "experiments", "frontier", "gpu", "images"]

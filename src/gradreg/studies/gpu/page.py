@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gradreg.lab import stats
 from gradreg.lab.comparison.report import chosen_table
 from gradreg.lab.comparison.report import table as arms_table
+from gradreg.lab.config import RunConfig
 from gradreg.lab.cost.grid import table as grid_table
-from gradreg.lab.metric import Metric
 from gradreg.lab.page import Block, Code, Heading, Items, Page, code, made, plain
 from gradreg.lab.tables import Table
-from gradreg.lab.words import BRACKETS, gap, listed, plural, ranged
-from gradreg.studies.frontier.retention import retention
+from gradreg.lab.words import BRACKETS, listed, plural, ranged
+from gradreg.studies.images.page import claims_table, kept_table
+from gradreg.studies.images.pieces import Piece as Images
+from gradreg.studies.images.summary import piece_row
 
 Row = Mapping[str, Any]
 DRY = "This is a dry run at toy size"
 """So begins the page of one."""
-CHANCE = 0.1
-"""Accuracy of guessing one of ten classes."""
-PAIRS = (
-    ("F-GR", "DB"),
-    ("F-GR", "B-GR"),
-    ("F-GR, ε 0.5", "F-GR, ε 0.02"),
-    ("F-GR", "SAM"),
-    ("F-GR", "cheap"),
-)
 
 
 def first(results: Row) -> str:
@@ -99,16 +90,18 @@ def _numbers(results: Row) -> list[Block]:
         if row["result"] is not None:
             show = next(show for key, show in SHOWN.items() if key in row["result"])
             part = "" if row["is_whole"] else f" ({row['why']})"
-            blocks += [Heading(f"{row['name']}: {row['about']}{part}"), *show(row["result"])]
+            blocks += [Heading(f"{row['name']}: {row['about']}{part}"), *show(row["name"], row["result"])]
     return blocks
 
 
-def _tests(result: Row) -> list[Block]:
+def _tests(name: str, result: Row) -> list[Block]:
+    del name
     return [plain(result["summary"]), *([Code("\n".join(result["failed"]))] if result["failed"] else [])]
 
 
-def _steps(result: Row) -> list[Block]:
+def _steps(name: str, result: Row) -> list[Block]:
     """A column for each model: the time of a step over that of SGD's in the same way."""
+    del name
     models = result["models"]
     headings = [f"{m['name']}\nSGD {1e3 * m['sgd_seconds']:.3g} ms" for m in models]
     rows = []
@@ -139,20 +132,19 @@ def _peak(row: Row) -> str:
     return f"{row['memory_ratio']:.2f}" if row.get("memory_ratio") else "–"
 
 
-def _grid(result: Row) -> list[Block]:
+def _grid(name: str, result: Row) -> list[Block]:
+    del name
     first_grid = result["grids"][0]
     size = f"{first_grid['num_configs']} configurations of {first_grid['num_steps']} steps, {result['rounds']} rounds."
     return [grid_table(result), Items([size])]
 
 
-def _comparison(result: Row) -> list[Block]:
+def _comparison(name: str, result: Row) -> list[Block]:
     seeds = len(result["seeds"])
     blocks: list[Block] = [plain(result["verdict"]), arms_table(result)]
-    for title, headings, rows in (
-        (f"Pairs, points of accuracy over {seeds} paired seeds", ("pair", "difference", "verdict"), _pairs(result)),
-        ("Of the gain of F-GR", ("mode", "kept", "cost"), _kept(result)),
-    ):
-        blocks += [Table(title, headings, rows)] if rows else []
+    if any(row["name"] == "F-GR" for row in result["arms"]):
+        row = piece_row(Images(name, name, RunConfig(), ()), result, ())
+        blocks += [claims_table({"pieces": [row]}), *([kept_table({"pieces": [row]})] if row["kept"] else [])]
     plan = result["plan"]
     epochs = plan["search_epochs"]
     search = f"{plan['trials']} candidate{plural(plan['trials'])} of {epochs} epoch{plural(epochs)}"
@@ -161,34 +153,7 @@ def _comparison(result: Row) -> list[Block]:
     return [*blocks, chosen_table(result), Items(how)]
 
 
-def _pairs(result: Row) -> list[tuple[str, ...]]:
-    arms, metric = {row["name"]: row for row in result["arms"]}, Metric.from_row(result["metric"])
-    found = []
-    for one, other in PAIRS:
-        if one in arms and other in arms and arms[one]["test"] and arms[other]["test"]:
-            difference = stats.paired_difference(arms[one]["scores"], arms[other]["scores"])
-            verdict = metric.verdict(difference)
-            found.append((f"{one} − {other}", gap(difference, metric), verdict))
-    return found
-
-
-def _kept(result: Row) -> list[tuple[str, ...]]:
-    """Nothing where F-GR gains nothing beyond noise."""
-    arms = {row["name"]: row for row in result["arms"]}
-    full, sgd = arms.get("F-GR"), result["arms"][0]
-    if full is None or full.get("verdict") != stats.BETTER:
-        return []
-    found = []
-    for row in result["arms"][1:]:
-        if row is not full:
-            scores = [math.nan if score is None else score for score in row["scores"]]
-            kept = retention(scores, full["scores"], sgd["scores"], CHANCE)
-            cost = f"{row['cost']['median']:.2f}×" if row.get("cost") else "–"
-            found.append((row["name"], ranged(kept, 2, "", BRACKETS), cost))
-    return found
-
-
-SHOWN: dict[str, Callable[[Row], Sequence[Block]]] = {
+SHOWN: dict[str, Callable[[str, Row], Sequence[Block]]] = {
     "summary": _tests,
     "models": _steps,
     "grids": _grid,
@@ -204,7 +169,7 @@ NOTES = (
     "by bootstrap. The clock is read when the device is done. `cheap` has its penalty on a tenth of the batch in every "
     "third step.",
     "fp32 means that convolutions may use TF32, as PyTorch lets them by default, and matrix products may not. Beside "
-    "each way stands the SGD step of the same way, in milliseconds: all of it gets faster.",
+    "each way stands the SGD step of the same way, in milliseconds.",
     "Comparisons train in bf16 with channels last, but for the MLP; several processes share the device, so that the "
     "seconds of a run mean nothing, and costs are taken afterwards with nothing beside them.",
     "The searches are short: few candidates, each for a part of the epochs. No correction for the number of intervals.",

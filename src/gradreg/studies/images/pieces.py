@@ -1,19 +1,22 @@
-"""The pieces of the study: each is one comparison, which may be begun, interrupted and finished by itself.
+"""The pieces of the study: each is one comparison, which is begun, interrupted and finished by itself.
 
-A ResNet of 8n + 2 layers with BatchNorm by SGD, and a vision transformer by AdamW, on 10,000 rows of Fashion-MNIST. All
-arms are tuned alike, each by as many candidates for a third of the epochs, of which the best three train to the end.
+A ResNet of 8n + 2 layers with BatchNorm by SGD, and a vision transformer by AdamW, on 10,000 rows of Fashion-MNIST or
+fewer. All arms are tuned alike, each by as many candidates for a third of the epochs, of which the best three train to
+the end; no seed of that is one of the test.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from gradreg.lab.comparison.plan import Effort, Plan
 from gradreg.lab.config import RunConfig
 
 SMALL, LARGE = "F-GR:epsilon=0.02", "F-GR:epsilon=0.5"
 """The two ends of the question about ε, each with a γ of its own."""
-CLAIMED = ("F-GR", "B-GR", "DB", "SAM", "cheap", SMALL, LARGE)
+METHODS = ("F-GR", "B-GR", "DB", "SAM", "cheap")
+CLAIMED = (*METHODS, SMALL, LARGE)
+CHEAPER = ("F-GR", "SAM", "cheap", "MSAM")
 
 _RESNET = RunConfig(
     data="fashion-mnist",
@@ -31,30 +34,62 @@ _VIT = replace(_RESNET, model="vit", depth=4, width=32, optimizer="adamw", learn
 _EFFORT = Effort(trials=9, seeds=5, search_seeds=1, finalists=3, final_seeds=1, search_epochs=5)
 
 
-def _piece(base: RunConfig, methods: tuple[str, ...] = CLAIMED, effort: Effort = _EFFORT) -> Plan:
-    return Plan(base, methods, effort, keeps_models=True)
+@dataclass(frozen=True)
+class Piece:
+    """A comparison, and what it is in words."""
+
+    name: str
+    about: str
+    base: RunConfig
+    methods: tuple[str, ...]
+    search_epochs: int = 5
+
+    def plan(self, path: str | None = None) -> Plan:
+        """With the data at a path, or where Debian's package has it."""
+        effort = replace(_EFFORT, search_epochs=self.search_epochs)
+        return Plan(replace(self.base, path=path), self.methods, effort, keeps_models=True)
+
+    def quick_plan(self, path: str | None = None) -> Plan:
+        """A few hundred rows for two epochs, and two candidates: to see that all of it runs."""
+        base = replace(self.base, path=path, shrink=4, width=4, depth=10 if self.base.model == "resnet18" else 1)
+        base = replace(base, num_train=300, batch_size=50, epochs=2)
+        return Plan(base, self.methods, Effort(2, 2, 1, 1, 1, 1), has_opponent=False, keeps_models=True)
 
 
 def _noisy(base: RunConfig) -> RunConfig:
     return replace(base, random_labels=0.25)
 
 
-PIECES: dict[str, Plan] = {
-    "resnet-14-noisy": _piece(_noisy(_SMALLER)),
-    "resnet-14-clean": _piece(_SMALLER),
-    "resnet-14-few": _piece(
-        replace(_SMALLER, num_train=1000, batch_size=50, epochs=40),
-        ("F-GR", "SAM", "cheap", "MSAM"),
-        replace(_EFFORT, search_epochs=13),
-    ),
-    "resnet-14-large-batch": _piece(
-        replace(_SMALLER, batch_size=1000, epochs=20),
-        ("F-GR", "SAM", "cheap", "MSAM"),
-        replace(_EFFORT, search_epochs=7),
-    ),
-    "resnet-14-smooth": _piece(replace(_noisy(_SMALLER), activation="silu"), ("F-GR", "DB")),
-    "vit-28-noisy": _piece(_noisy(_VIT), ("F-GR", "B-GR", "DB", "SAM", "cheap")),
-    "vit-28-clean": _piece(_VIT, ("F-GR", "B-GR", "DB", "SAM", "cheap")),
-    "resnet-28-noisy": _piece(_noisy(_RESNET), ("F-GR", "B-GR", "DB", "SAM", "cheap")),
+PIECES: dict[str, Piece] = {
+    piece.name: piece
+    for piece in (
+        Piece("resnet-14-noisy", "ResNet-10, 14×14 pixels, 25 % random labels", _noisy(_SMALLER), CLAIMED),
+        Piece(
+            "resnet-14-few",
+            "ResNet-10, 14×14 pixels, 1,000 rows",
+            replace(_SMALLER, num_train=1000, batch_size=50, epochs=40),
+            CHEAPER,
+            13,
+        ),
+        Piece("resnet-14-clean", "ResNet-10, 14×14 pixels, clean labels", _SMALLER, CLAIMED),
+        Piece(
+            "resnet-14-large-batch",
+            "ResNet-10, 14×14 pixels, batches of 1,000",
+            replace(_SMALLER, batch_size=1000, epochs=20),
+            CHEAPER,
+            7,
+        ),
+        Piece(
+            "resnet-14-smooth",
+            "ResNet-10 with SiLU, 14×14 pixels, 25 % random labels",
+            replace(_noisy(_SMALLER), activation="silu"),
+            ("F-GR", "DB"),
+        ),
+        Piece("vit-28-noisy", "ViT, 28×28 pixels, 25 % random labels", _noisy(_VIT), METHODS),
+        Piece("vit-28-clean", "ViT, 28×28 pixels, clean labels", _VIT, METHODS),
+        Piece("resnet-28-noisy", "ResNet-10, 28×28 pixels, 25 % random labels", _noisy(_RESNET), METHODS),
+        Piece("resnet-28-clean", "ResNet-10, 28×28 pixels, clean labels", _RESNET, METHODS),
+    )
 }
 """In the order in which they are played: what costs least and says most comes first."""
+QUICK = ("resnet-14-noisy", "vit-28-noisy")

@@ -1,0 +1,191 @@
+"""What the study looks like to a reader: on the terminal, and as a page. Functions of results.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gradreg.lab.comparison.report import chosen_table, table
+from gradreg.lab.comparison.run import duration
+from gradreg.lab.metric import ACCURACY
+from gradreg.lab.page import Block, Code, Figure, Heading, Items, Page, made, plain
+from gradreg.lab.tables import Table
+from gradreg.lab.words import BRACKETS, listed, number, plural, points, ranged
+from gradreg.studies.claims.claim import FAILS, HOLDS, UNDECIDED
+from gradreg.studies.images.figures import gains_figure
+from gradreg.studies.images.flatness import MEASURES, SHARES
+from gradreg.studies.images.pieces import PIECES
+
+Row = Mapping[str, Any]
+
+
+def told(results: Row) -> list[Block]:
+    """On the terminal."""
+    pieces = results["pieces"]
+    return [
+        completeness(results),
+        *(block for piece in pieces for block in (table(_as_comparison(piece)), piece["verdict"])),
+        claims_table(results),
+        *([kept_table(results)] if any(piece["kept"] for piece in pieces) else []),
+        *(flatness_table(piece) for piece in pieces if piece["flatness"]),
+        Items(notes()),
+    ]
+
+
+def completeness(results: Row) -> str:
+    """What is there, and what is missing."""
+    names, missing = [piece["name"] for piece in results["pieces"]], results["missing"]
+    quick = "A quick look at tiny sizes, which says nothing about the methods. " * results["is_quick"]
+    if not missing:
+        return f"{quick}All {len(names)} pieces are here."
+    return (
+        f"{quick}{len(names)} of {len(names) + len(missing)} pieces are here; not yet played: {listed(missing)} "
+        "(`gradreg images --resume FOLDER` goes on)."
+    )
+
+
+def _as_comparison(piece: Row) -> Row:
+    return {"metric": ACCURACY.as_row(), "task": piece["about"], "arms": piece["arms"]}
+
+
+def claims_table(results: Row) -> Table:
+    rows = [
+        (
+            piece["name"],
+            claim["key"],
+            f"{claim['first']} − {claim['second']}",
+            points(claim["difference"]),
+            claim["verdict"],
+        )
+        for piece in results["pieces"]
+        for claim in piece["claims"]
+    ]
+    return Table("The claims", ("piece", "claim", "measured", "points, 95 % interval", "verdict"), rows)
+
+
+def kept_table(results: Row) -> Table:
+    """Retention over measured time, where there is something to retain."""
+    rows = [
+        (piece["name"], row["name"], ranged(row["cost"], 2), ranged(row["retention"], 2, "", BRACKETS))
+        for piece in results["pieces"]
+        for row in piece["kept"]
+    ]
+    return Table("Kept of what F-GR gains", ("piece", "arm", "cost", "share, 95 % interval"), rows)
+
+
+def flatness_table(piece: Row) -> Table:
+    arrows = {-1: "↓", 0: "", 1: "↑"}
+
+    def cell(name: str, found: Row) -> str:
+        if found["mean"] is None:
+            return "–"
+        value = number(100 * found["mean"]) if name in SHARES else f"{found['mean']:.3g}".replace("-", "−")
+        return value + arrows[found["side"]]
+
+    rows = [
+        (row["name"], *(cell(name, row["measures"][name]) for name in MEASURES), str(row["models"]))
+        for row in piece["flatness"]
+    ]
+    return Table(f"What flatness buys: {piece['about']}", ("arm", *MEASURES.values(), "models"), rows)
+
+
+def notes() -> list[str]:
+    """How to read the numbers."""
+    return [
+        f"Verdicts of claims: `{HOLDS}` where the whole 95 % interval of the difference, paired by seed, lies above 0, "
+        f"`{FAILS}` where it lies below, else `{UNDECIDED}`. No correction for multiplicity: one interval in twenty "
+        "misses by chance.",
+        "Shares of the gain are given only where F-GR is better than SGD beyond noise; intervals by bootstrap over "
+        "seeds, which with few seeds are somewhat too narrow. Cost is that of the very network, in the same run.",
+        "What flatness buys: ECE in percent; accuracy in percent under noise, blur and low contrast, with weights "
+        "rounded to 8 and 4 bits, and *kept* on five classes after an epoch of fine-tuning on the other five; ‖∇L‖, "
+        "tr H and λ_max of the plain loss on 1,000 training rows in evaluation mode, with the labels trained on. ↑ and "
+        "↓: the paired 95 % interval of the difference to SGD lies above or below 0.",
+    ]
+
+
+def page(results: Row) -> Page:
+    pieces = results["pieces"]
+    found = [claim for piece in pieces for claim in piece["claims"]]
+    count = {v: sum(claim["verdict"] == v for claim in found) for v in (HOLDS, FAILS, UNDECIDED)}
+    judged = f"Of {len(found)} claims {count[HOLDS]} hold, {count[FAILS]} do not hold here, {count[UNDECIDED]} are "
+    drawn = [piece for piece in pieces if any(row.get("difference") for row in piece["arms"])]
+    return Page(
+        "Real images, real networks",
+        [
+            completeness(results),
+            f"{INTRODUCTION} {judged}undecided.",
+            Items([f"**{plain(piece['about'])}.** {plain(piece['verdict'])}" for piece in pieces]),
+            made(results),
+            *([Figure("gains", gains_figure(drawn), GAINS)] if drawn else []),
+            Heading("The claims"),
+            claims_table(results),
+            Items(notes()[:1]),
+            *_kept(results),
+            Heading("What flatness buys besides accuracy"),
+            *(flatness_table(piece) for piece in pieces if piece["flatness"]),
+            Items(notes()[2:]),
+            Heading("The pieces"),
+            *(block for piece in pieces for block in _section(piece)),
+            *AFTERWORD,
+        ],
+        "gradreg images",
+    )
+
+
+def _kept(results: Row) -> list[Block]:
+    if not any(piece["kept"] for piece in results["pieces"]):
+        return [
+            Heading("What cheaper modes keep"),
+            "In no piece does F-GR gain beyond noise: there is nothing to keep.",
+        ]
+    return [Heading("What cheaper modes keep"), kept_table(results), Items(notes()[1:2])]
+
+
+def _section(piece: Row) -> list[Block]:
+    plan = piece["plan"]
+    base, seeds = plan["base"], piece["seeds"]
+    searched = f"{plan['trials']} candidates for {plan['search_epochs']} epoch{plural(plan['search_epochs'])}"
+    return [
+        Heading(piece["about"], 3),
+        table(_as_comparison(piece)),
+        chosen_table(_as_comparison(piece)),
+        f"`{piece['name']}`: {base['num_train']:,} training rows, batches of {base['batch_size']}, {base['epochs']} "
+        f"epochs, {base['optimizer']}; {searched} of each arm, the best {plan['finalists']} for all epochs on another "
+        f"seed; {len(seeds)} test seeds. {piece['num_runs']} runs, {duration(piece['seconds'])} of one core.",
+    ]
+
+
+GAINS = (
+    "What each arm gains over plain training, mean and 95 % interval of the paired differences on 10,000 test rows. "
+    "Right of the dashed line is better; a hollow circle may be zero."
+)
+INTRODUCTION = (
+    "Fashion-MNIST, real images of clothes; a ResNet of 10 layers with BatchNorm by SGD, and a small vision "
+    "transformer by AdamW. SGD stands for plain training. Every arm was tuned alike on validation rows, learning rate "
+    "and weight decay of the baseline first, and read once on the 10,000 test rows."
+)
+AFTERWORD: tuple[Block, ...] = (
+    Heading("What we would not believe ourselves"),
+    Items(
+        [
+            "Five seeds: a difference that they do not show is `undecided`, not absent.",
+            "The networks are narrow (8 channels, 32 features), the training part is 10,000 rows of 55,000, and the "
+            "schedules are short: what two cores bear. On larger networks the order may change.",
+            "Nine candidates an arm are few: an arm with more settings (γ or its ratio, and ε) is searched more "
+            "coarsely than one with fewer (ρ), and short runs favor settings that learn fast.",
+            "5,000 validation rows and one seed of each finalist decide between close candidates, with their noise.",
+            "`cheap` and MSAM look ahead along the momentum; their costs are of these small networks.",
+        ]
+    ),
+    Heading("To measure it again"),
+    Code(
+        "gradreg images                                   # all pieces, hours on two cores\n"
+        f"gradreg images --only {next(iter(PIECES))}           # one of them\n"
+        "gradreg images --resume results/images-…         # goes on where it was stopped\n"
+        "gradreg images --quick                           # that all of it runs, in minutes\n"
+        "gradreg images --resume FOLDER --write docs/images.md  # also this page and its figure",
+        "bash",
+    ),
+    "The data: Debian's package `dataset-fashion-mnist`, or the four files in a folder named by `--path`.",
+)

@@ -1,0 +1,160 @@
+"""Goes through the pieces: plays each in a folder of its own, measures its models, and writes the page anew."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradreg.lab.about import provenance
+from gradreg.lab.comparison import report
+from gradreg.lab.comparison import run as comparison
+from gradreg.lab.comparison.folder import find as find_comparison
+from gradreg.lab.comparison.plan import Plan as ComparisonPlan
+from gradreg.lab.comparison.schedule import weights_name
+from gradreg.lab.config import RunConfig
+from gradreg.lab.folder import BadInput, append_line, shown, write_json
+from gradreg.lab.page import publish, tell
+from gradreg.lab.player import on_processes
+from gradreg.lab.progress import progress_bar
+from gradreg.lab.records import opened, read_record, sealed
+from gradreg.lab.sweep.storage import Place
+from gradreg.lab.sweep.workers import MODELS
+from gradreg.studies.images.flatness import Kept, measure
+from gradreg.studies.images.page import page, told
+from gradreg.studies.images.pieces import PIECES, QUICK, Piece
+from gradreg.studies.images.summary import piece_row
+
+KIND = "images"
+PAGE = "images.md"
+FLATNESS = "flatness.jsonl"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which pieces are played, and how."""
+
+    names: tuple[str, ...]
+    is_quick: bool = False
+    path: str | None = None
+    """Folder of the four files of Fashion-MNIST; by default that of Debian's package."""
+    workers: int = 2
+
+    def of(self, piece: Piece) -> ComparisonPlan:
+        return piece.quick_plan(self.path) if self.is_quick else piece.plan(self.path)
+
+
+def pieces_of(is_quick: bool) -> tuple[str, ...]:
+    return QUICK if is_quick else tuple(PIECES)
+
+
+def begin(plan: Plan, folder: Path) -> None:
+    """Write config.json."""
+    write_json(folder / "config.json", sealed({"kind": KIND, "is_quick": plan.is_quick, "path": plan.path}))
+
+
+def find(folder: Path) -> Row:
+    """What a folder says about its study.
+
+    Raises:
+        BadInput: it is none of this one, or its record was changed.
+    """
+    try:
+        about = read_record(folder / "config.json")
+        if about.get("kind") != KIND:
+            raise ValueError("is of something else")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or f"config.json {error}"
+        raise BadInput(f"--resume must be a folder of gradreg images, got {shown(folder)}: {why}.") from None
+    return about
+
+
+def run_images(plan: Plan, folder: Path, write: Path | None = None) -> Row:
+    """Play what is left of the pieces that are named; return what results.json holds."""
+    for name in plan.names:
+        _play(plan, PIECES[name], folder / name)
+        _gather(plan, folder, write)  # also what is there so far is a page
+    results = _gather(plan, folder, write)
+    tell(told(results), results, folder)
+    return results
+
+
+def _play(plan: Plan, piece: Piece, folder: Path) -> None:
+    own = plan.of(piece)
+    place = Place("compare", folder.resolve())
+    if (folder / "config.json").exists():
+        known, place, _ = find_comparison(folder, None)
+        if known != own:
+            raise BadInput(
+                f"{piece.name} must be that of this version, got another plan in {shown(folder)}: begin anew."
+            )
+    else:
+        comparison.check(own)
+        folder.mkdir(exist_ok=True)
+        comparison.begin(own, folder, place, _command(plan, [piece.name]), plan.workers, ())
+    results = comparison.carry_out(own, folder, place, plan.workers)
+    publish(report.page(results), folder)
+    _measure(own, folder, plan.workers)
+
+
+def _command(plan: Plan, names: Sequence[str]) -> str:
+    path = f" --path {json.dumps(plan.path)}" if plan.path else ""
+    only = "" if tuple(names) == pieces_of(plan.is_quick) else f" --only {' '.join(names)}"
+    return f"gradreg images{' --quick' * plan.is_quick}{only}{path}"
+
+
+def _measure(plan: ComparisonPlan, folder: Path, workers: int) -> None:
+    """Of the models that are not measured yet, each a line as it is there."""
+    done = {(row["arm"], row["seed"]) for row in _lines(folder / FLATNESS)}
+    todo = [
+        (arm, seed)
+        for seed in plan.seeds
+        for arm in plan.arms
+        if (arm.name, seed) not in done and (folder / MODELS / weights_name(arm, seed)).exists()
+    ]
+    chosen = {row["name"]: row for row in read_record(folder / "results.json")["arms"]}
+    kept = [Kept(_config(plan, arm, chosen, seed), folder / MODELS / weights_name(arm, seed)) for arm, seed in todo]
+    with progress_bar() as progress, closing(on_processes(measure, kept, workers)) as found:
+        for count, (k, row) in enumerate(found, 1):
+            arm, seed = todo[k]
+            append_line(folder / FLATNESS, sealed({"arm": arm.name, "seed": seed, **row}))
+            progress("what flatness buys", count, len(todo))
+
+
+def _config(plan: ComparisonPlan, arm: Any, chosen: dict[str, Row], seed: int) -> RunConfig:
+    row = chosen[arm.name]
+    point = {name: row[name] for name in ("learning_rate", "weight_decay")} | row["settings"]
+    return arm.config(plan.base, point, seed)
+
+
+def _lines(path: Path) -> list[Row]:
+    return [opened(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+def _gather(plan: Plan, folder: Path, write: Path | None) -> Row:
+    """What is there by now, as results.json and as the page."""
+    planned = pieces_of(plan.is_quick)
+    rows = []
+    for name in planned:
+        try:
+            found = read_record(folder / name / "results.json")
+        except OSError:
+            continue
+        rows.append(piece_row(PIECES[name], found, _lines(folder / name / FLATNESS)))
+    results = {
+        "name": folder.resolve().name,
+        **provenance(_command(plan, planned), plan.workers, threads=1),
+        "date": time.strftime("%Y-%m-%d"),
+        "is_quick": plan.is_quick,
+        "training_seconds": sum(row["seconds"] for row in rows),
+        "pieces": rows,
+        "missing": [name for name in planned if name not in [row["name"] for row in rows]],
+    }
+    write_json(folder / "results.json", results)
+    publish(page(results), folder, folder / PAGE, *([write] if write else []))
+    return results

@@ -1,0 +1,277 @@
+"""The study on real images: its measures against slow references, its verdicts, its page, and the whole at toy size."""
+
+import hashlib
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from idx_files import encoded, write
+from torch import nn
+
+from gradreg.cli import main
+from gradreg.lab.comparison.plan import Effort, Plan
+from gradreg.lab.data import idx
+from gradreg.lab.data.parts import Part
+from gradreg.lab.page import markdown
+from gradreg.lab.records import read_record
+from gradreg.studies.claims.claim import FAILS, HOLDS, UNDECIDED
+from gradreg.studies.images import flatness, pieces, run
+from gradreg.studies.images.page import page
+from gradreg.studies.images.pieces import PIECES, Piece
+from gradreg.studies.images.summary import flatness_rows, piece_row
+
+# Measures.
+
+
+def test_the_calibration_error_is_that_of_the_bins():
+    dice = torch.Generator().manual_seed(0)
+    sure = torch.rand(500, generator=dice)
+    right = torch.rand(500, generator=dice) < sure**2
+    slow = 0.0
+    for k in range(flatness.BINS):
+        inside = (sure > k / flatness.BINS) & (sure <= (k + 1) / flatness.BINS)
+        if inside.any():
+            slow += inside.float().mean().item() * abs(right[inside].float().mean() - sure[inside].mean()).item()
+    assert flatness.calibration_error(sure, right) == pytest.approx(slow, abs=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_rounded_weights_lie_on_a_lattice_and_near(bits):
+    weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(1))
+    found = flatness.rounded(weight, bits)
+    step = weight.abs().max() / (2 ** (bits - 1) - 1)
+    assert (found - weight).abs().max() <= step / 2 * (1 + 1e-5)
+    assert len(found.unique()) <= 2**bits - 1
+    assert flatness.rounded(torch.zeros(2, 2), bits).equal(torch.zeros(2, 2))
+
+
+def test_corruptions_keep_what_they_should():
+    x = torch.randn(3, 1, 6, 6, generator=torch.Generator().manual_seed(2))
+    low = flatness.CORRUPTIONS["contrast"](x)
+    torch.testing.assert_close(low.mean((2, 3)), x.mean((2, 3)))
+    torch.testing.assert_close(low.std((2, 3)), x.std((2, 3)) * flatness.CONTRAST)
+    blurred = flatness.CORRUPTIONS["blur"](x)
+    torch.testing.assert_close(blurred[:, :, 2, 3], x[:, :, 1:4, 2:5].mean((2, 3)))
+    assert blurred.shape == x.shape
+    flat = torch.full((1, 1, 4, 4), 2.0)
+    assert flatness.CORRUPTIONS["blur"](flat).equal(flat)
+    torch.manual_seed(0)
+    noise = flatness.CORRUPTIONS["noise"](torch.zeros(1, 1, 200, 200))
+    assert noise.std().item() == pytest.approx(flatness.NOISE, rel=0.02)
+
+
+def test_what_is_kept_is_the_accuracy_on_the_other_classes():
+    """What one model knows for sure it keeps; another was right by a bias that fine-tuning turns around."""
+    x = torch.eye(4).repeat(50, 1)
+    part = Part(x, x.argmax(1))
+    model = nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(5 * torch.eye(4))
+    assert flatness.after_fine_tuning(model, part, part, 10, 0) == 1.0
+    forgetful = nn.Linear(4, 4)
+    with torch.no_grad():
+        forgetful.weight.zero_()
+        forgetful.bias.copy_(
+            torch.tensor([0.0, 0.0, 0.1, 0.0])
+        )  # right on half of the others, until it has seen others
+    assert flatness.after_fine_tuning(forgetful, part, part, 10, 0) == 0.0
+
+
+def test_a_run_that_diverged_has_no_curvature():
+    model = nn.Linear(4, 2)
+    with torch.no_grad():
+        model.weight.fill_(math.nan)
+    found = flatness.curvature_of(model, Part(torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 0, 1])))
+    assert all(math.isnan(value) for value in found.values())
+
+
+# Verdicts.
+
+
+def arm(name, scores, **more):
+    differs = {"verdict": "better"} if name == "F-GR" else {}
+    return {"name": name, "method": name, "scores": scores, "is_opponent": False, "cost": None, **differs, **more}
+
+
+def results_of(**scores):
+    arms = [arm(name, values) for name, values in scores.items()]
+    plain = next(row for row in arms if row["name"] == "SGD")
+    for row in arms:
+        row |= {"test": None, "validation": 0.5, "settings": {"rho": 0.1}, "learning_rate": 0.1, "weight_decay": 0.0}
+        row |= {"failed": [], "diverged": 0, "difference": None, "epochs": 1}
+    assert plain is arms[0]
+    plan = Plan(PIECES["resnet-14-noisy"].base).as_row() | {"search_epochs": 5}
+    return {
+        "arms": arms,
+        "seeds": [0, 1, 2],
+        "training_seconds": 7.0,
+        "num_runs": 9,
+        "plan": plan,
+        "metric": {"name": "accuracy", "higher_is_better": True, "is_share": True},
+    }
+
+
+def test_claims_are_paired_by_seed_and_lie_on_their_side():
+    found = results_of(**{"SGD": [0.80, 0.70, 0.60], "F-GR": [0.82, 0.72, 0.621], "DB": [0.83, 0.731, 0.63]})
+    row = piece_row(PIECES["resnet-14-noisy"], found, [])
+    verdicts = {claim["key"]: claim["verdict"] for claim in row["claims"]}
+    assert verdicts == {"gain": HOLDS, "b1": FAILS}
+    assert {kept["name"]: round(kept["retention"]["mean"], 2) for kept in row["kept"]} == {"DB": 1.49}
+    noisy = piece_row(PIECES["resnet-14-noisy"], results_of(**{"SGD": [0.8, 0.7, 0.6], "F-GR": [0.9, 0.6, 0.7]}), [])
+    assert noisy["claims"][0]["verdict"] == UNDECIDED
+
+
+def test_a_run_that_diverged_is_left_out_of_a_claim():
+    found = results_of(**{"SGD": [0.80, 0.70, 0.60], "F-GR": [0.82, None, 0.621]})
+    (claim,) = piece_row(PIECES["resnet-14-noisy"], found, [])["claims"]
+    assert (claim["seeds"], claim["verdict"]) == (2, HOLDS)
+
+
+def test_an_arrow_says_on_which_side_of_sgd_a_measure_lies():
+    names = list(flatness.MEASURES)
+    models = [
+        {"arm": name, "seed": seed, **dict.fromkeys(names, value + 0.1 * seed), "top": None if seed == 2 else value}
+        for name, value in (("SGD", 1.0), ("SAM", 2.0), ("DB", 0.5))
+        for seed in range(3)
+    ]
+    models[3]["ece"] = -5.0  # of SAM: one seed far away
+    rows = {row["name"]: row["measures"] for row in flatness_rows(models, ["SGD", "SAM", "DB", "F-GR"])}
+    assert set(rows) == {"SGD", "SAM", "DB"}
+    assert [rows[name]["noise"]["side"] for name in ("SGD", "SAM", "DB")] == [0, 1, -1]
+    assert rows["SAM"]["ece"]["side"] == 0
+    assert rows["SAM"]["top"] == {"mean": 2.0, "side": 1}
+
+
+# The plan.
+
+
+def test_every_piece_can_run_and_the_first_claims_are_all_there():
+    for piece in PIECES.values():
+        for plan in (piece.plan(), piece.quick_plan()):
+            assert {a.name for a in plan.arms} >= {"SGD", "F-GR"}
+            assert Plan.from_row(json.loads(json.dumps(plan.as_row()))) == plan
+            assert plan.effort.search_epochs < plan.base.epochs
+    found = {a.name for a in PIECES["resnet-14-clean"].plan().arms}
+    assert found == {"SGD", "F-GR", "B-GR", "DB", "SAM", "cheap", "F-GR, ε 0.02", "F-GR, ε 0.5", "SGD, twice as long"}
+    assert set(pieces.QUICK) < set(PIECES)
+
+
+# The whole.
+
+
+@pytest.fixture
+def clothes(tmp_path, monkeypatch):
+    """Four files that pass for Fashion-MNIST, and two pieces of a few runs."""
+    dice = np.random.default_rng(0)
+    files, digests = {}, {}
+    for half, part, count in (("train", "train", 144), ("test", "t10k", 40)):
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        images = (dice.integers(0, 60, (count, 8, 8)) + 19 * labels[:, None, None]).astype(np.uint8)
+        for what, kind, array in (("images", "idx3", images), ("labels", "idx1", labels)):
+            files[f"{part}-{what}-{kind}-ubyte"] = array
+            digests[f"{half} {what}"] = hashlib.sha256(encoded(array)).hexdigest()
+    write(tmp_path / "clothes", files)
+    monkeypatch.setattr(idx, "FASHION_MNIST", digests)
+    idx._read.cache_clear()
+    small = {
+        name: Piece(name, name, replace(PIECES[name].base, num_train=132), ("F-GR",))
+        for name in ("resnet-14-noisy", "resnet-14-clean")
+    }
+    effort = Effort(1, 2, 1, 1, 1, 1)
+
+    def quick(piece, path=None):
+        base = replace(piece.base, path=path, shrink=2, width=2, batch_size=33, epochs=2)
+        return Plan(base, piece.methods, effort, has_opponent=False, keeps_models=True)
+
+    monkeypatch.setattr(Piece, "quick_plan", quick)
+    for module in (pieces, run):
+        monkeypatch.setattr(module, "PIECES", small)
+        monkeypatch.setattr(module, "QUICK", tuple(small))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    idx._read.cache_clear()
+
+
+def test_pieces_are_kept_and_gone_on_with(clothes, capsys):
+    words = ["images", "--quick", "--path", "clothes", "--workers", "1"]
+    assert main([*words, "--only", "resnet-14-noisy", "--out", "a"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 of 2 pieces are here; not yet played: resnet-14-clean" in " ".join(printed.split())
+    first = (clothes / "a" / "resnet-14-noisy" / "results.json").read_bytes()
+    assert {path.name for path in (clothes / "a" / "resnet-14-noisy" / "models").iterdir()} == {
+        f"{name}-{seed}.safetensors" for name in ("SGD", "F-GR") for seed in (0, 1)
+    }
+    assert main(["images", "--resume", "a", "--workers", "1", "--write", "images.md"]) == 0
+    assert "All 2 pieces are here." in " ".join(capsys.readouterr().out.split())
+    assert (clothes / "a" / "resnet-14-noisy" / "results.json").read_bytes() == first
+    results = json.loads((clothes / "a" / "results.json").read_text(encoding="utf-8"))
+    assert (results["missing"], [piece["name"] for piece in results["pieces"]]) == ([], list(run.QUICK))
+    for piece in results["pieces"]:
+        assert [row["models"] for row in piece["flatness"]] == [2, 2]
+        own = read_record(clothes / "a" / piece["name"] / "results.json")
+        assert piece["claims"][0]["difference"]["mean"] == pytest.approx(own["arms"][1]["difference"]["mean"])
+    text = (clothes / "images.md").read_text(encoding="utf-8")
+    assert text == markdown(page(results), "figures/images-")
+    assert (clothes / "figures" / "images-gains.svg").is_file()
+
+
+def test_what_was_measured_is_not_measured_again(clothes, monkeypatch):
+    words = ["images", "--quick", "--path", "clothes", "--workers", "1", "--only", "resnet-14-noisy", "--out", "a"]
+    calls = []
+
+    def stopped(kept):
+        calls.append(kept)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return flatness.measure(kept)
+
+    monkeypatch.setattr(run, "measure", stopped)
+    assert main(words) == 130
+    assert main(["images", "--resume", "a", "--only", "resnet-14-noisy", "--workers", "1"]) == 0
+    assert len(calls) == 3 + 2
+    assert len((clothes / "a" / "resnet-14-noisy" / run.FLATNESS).read_text(encoding="utf-8").splitlines()) == 4
+
+
+REFUSED = [
+    ("images --only resnet", "--only must be one or more of resnet-14-noisy, "),
+    ("images --only", "--only"),
+    ("images --resume nowhere", "--resume must be a folder of gradreg images, got 'nowhere': No such file"),
+    ("images --resume a --quick", "--quick must be left out with --resume"),
+    ("images --resume a --out b", "--out must be left out with --resume"),
+    ("images --path nowhere", "path must be a folder with IDX files, got 'nowhere'"),
+    ("images --write page.html", "--write must be the path of a page that ends in .md"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), REFUSED, ids=[line for line, _ in REFUSED])
+def test_bad_words_are_refused_in_one_line(line, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_the_data_is_not_there_both_ways_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(idx, "DEBIAN", tmp_path / "none")
+    assert main(["images"]) == 2
+    error = capsys.readouterr().err
+    assert "apt install dataset-fashion-mnist" in error
+    assert "--path" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_piece_of_another_version_is_not_mixed_in(clothes, monkeypatch, capsys):
+    words = ["images", "--quick", "--path", "clothes", "--workers", "1", "--only", "resnet-14-noisy", "--out", "a"]
+    assert main(words) == 0
+    quick = Piece.quick_plan
+    monkeypatch.setattr(Piece, "quick_plan", lambda piece, path=None: replace(quick(piece, path), first_seed=7))
+    assert main(["images", "--resume", "a", "--workers", "1"]) == 2
+    assert "resnet-14-noisy must be that of this version" in capsys.readouterr().err
+    shutil.rmtree(clothes / "a")
