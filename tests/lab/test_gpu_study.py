@@ -20,7 +20,9 @@ import torch
 from idx_files import encoded, write
 
 from gradreg import cli
+from gradreg.lab import batched
 from gradreg.lab.comparison import run as comparison
+from gradreg.lab.comparison.plan import example
 from gradreg.lab.cost import own
 from gradreg.lab.data import idx
 from gradreg.lab.sweep import workers as workers_module
@@ -88,6 +90,19 @@ def test_all_of_it_is_planned_for_25_minutes_in_pieces_of_8():
     assert {config.data for config in full} == {"fashion-mnist"}
     assert [config.precision for config in full] == ["bf16", "fp32", "bf16", "bf16"]
     assert [piece.what.num_records for piece in PIECES.values() if isinstance(piece.what, Plan)] == [0] * 4
+
+
+@pytest.mark.parametrize("is_quick", [False, True])
+def test_the_batched_engine_takes_every_arm_of_the_mlp_and_no_network_with_batch_norm(is_quick, data, monkeypatch):
+    task = batched.task_of
+    smaller = {"path": str(data[0]), "num_train": 64, "batch_size": 16}  # the data of the tests is small
+    monkeypatch.setattr(batched, "task_of", lambda config: task(replace(config, **smaller)))
+    monkeypatch.setattr(batched, "trained", lambda config: task(replace(config, **smaller)))
+    found = {}
+    for name, piece in pieces(is_quick).items():
+        if isinstance(piece.what, Plan):
+            found[name] = {batched.is_worthwhile(example(piece.what, arm)) for arm in piece.what.arms}
+    assert found == {"few": {False}, "mlp": {True}, "resnet-18": {False}, "wrn-16-4": {False}}
 
 
 def test_a_dry_run_has_the_same_pieces():

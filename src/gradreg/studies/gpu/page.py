@@ -63,13 +63,14 @@ def page(results: Row, has_numbers: bool = True) -> Page:
 
 
 def _pieces(results: Row) -> Table:
+    whole = "played at toy size" if results["is_quick"] else "whole"
     rows = [
         (
             row["name"],
             row["about"],
             f"{row['minutes']:g}",
             f"{row['took'] / 60:.1f}" if row["is_whole"] else "–",
-            "whole" if row["is_whole"] else row["why"] or "not begun",
+            whole if row["is_whole"] else row["why"] or "not begun",
         )
         for row in results["pieces"]
     ]

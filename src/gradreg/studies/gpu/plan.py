@@ -135,5 +135,7 @@ def smaller(config: RunConfig) -> RunConfig:
     """The same kind of model and step, of a size that a CPU makes in milliseconds."""
     if config.data == "text":
         return replace(config, depth=1, width=16, batch_size=4)
-    depth, width = {"mlp": (2, 16), "resnet18": (10, 4), "wideresnet": (10, 1)}[config.model]
+    if config.model == "mlp":  # at all its pixels, which a stack needs
+        return replace(config, depth=2, width=16, batch_size=16)
+    depth, width = {"resnet18": (10, 4), "wideresnet": (10, 1)}[config.model]
     return replace(config, depth=depth, width=width, shrink=4, batch_size=16)
