@@ -5,7 +5,7 @@ export NO_MKDOCS_2_WARNING := 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
 
-.PHONY: demo test lint docs bench bench-ranks clean
+.PHONY: demo test lint docs bench bench-ranks gpu clean
 
 demo: $(VENV)/lab
 	$(BIN)/gradreg demo $(ARGS)
@@ -33,6 +33,13 @@ bench: $(VENV)/dev
 # The same on two processes, DDP and FSDP2.
 bench-ranks: $(VENV)/dev
 	$(BIN)/python benchmarks/ranks.py $(ARGS)
+
+# What needs a GPU, in pieces; goes on with ARGS="--resume FOLDER". On a borrowed machine nothing is installed here: it
+# takes any Python that has torch for the device and the packages of the extra `lab`; data: ARGS="--path data/fashion-mnist".
+GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),$(PYTHON))
+GPU_PAGE ?= docs/gpu.md
+gpu:
+	PYTHONPATH=src $(GPU_PYTHON) -m gradreg gpu --write $(GPU_PAGE) $(ARGS)
 
 # torch first and pinned: a range would bring the CUDA build and several gigabytes.
 $(VENV)/torch: constraints.txt

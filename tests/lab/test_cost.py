@@ -9,6 +9,7 @@ from printed import tables_fit
 from gradreg.cli import main
 from gradreg.lab import stats
 from gradreg.lab.batched.speed import ALL_THREADS, BATCHED, EACH_CORE, GridSpeed
+from gradreg.lab.config import RunConfig
 from gradreg.lab.cost import report as cost_report
 from gradreg.lab.cost import steps as costs
 from gradreg.lab.cost.figure import figure
@@ -16,6 +17,9 @@ from gradreg.lab.cost.grid import GridPlan, run_grid, verdict
 from gradreg.lab.cost.measure import CASES, COMPARED, LEAST_ROUNDS, PREDICTED, Plan, mlp_case, run_cost
 from gradreg.lab.page import tell
 from gradreg.lab.tables import WIDTH
+from gradreg.lab.tasks import trained
+
+LAST = torch.channels_last
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +174,44 @@ def test_a_step_of_every_method_moves_the_weights(model):
     for name, settings in COMPARED.items():
         step = costs.make_step(replace(config, method=name, **settings), task)
         assert costs.count_flops(step) > 0
+
+
+def test_a_step_is_made_in_the_precision_and_layout_of_its_run_and_on_what_is_compiled(monkeypatch):
+    found, called = [], []
+    monkeypatch.setattr(torch, "compile", lambda model: called.append(model) or model)
+    config = RunConfig(data="digits", model="cnn", width=4, batch_size=10, channels_last=True)
+    for precision, is_compiled in (("fp32", True), ("bf16", False)):
+        task = trained(config)
+
+        def loss(model, batch, task=task):
+            found.append((model(batch[0]).dtype, next(model.parameters()).is_contiguous(memory_format=LAST)))
+            return task.objective.loss(model, batch)
+
+        task = replace(task, loss=loss)
+        costs.make_step(replace(config, precision=precision, compile=is_compiled), task)()
+    assert found == [(torch.float32, True), (torch.bfloat16, True)]
+    assert len(called) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["SGD", "F-GR", "SAM", "DB"])
+def test_a_captured_step_is_the_step_itself(method):
+    device, config = torch.device("cuda"), RunConfig(data="digits", model="cnn", width=4, batch_size=10, warmup=0.0)
+    config = replace(config, method=method, **COMPARED[method])
+    models, task = [], trained(config)
+
+    def keeping():
+        models.append(task.model())
+        return models[-1]
+
+    own = replace(task, model=keeping)
+    plain, in_a_graph = (costs.make_step(config, own, device) for _ in range(2))
+    for _ in range(costs.WARM_UP + 2):
+        plain()
+    replay = costs.captured(in_a_graph)  # its warm-up is made, the captured one is not
+    replay(), replay()
+    for a, b in zip(models[0].parameters(), models[1].parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_quick_takes_a_quarter_of_the_batch_except_for_the_mlp():

@@ -189,6 +189,18 @@ def test_a_compiled_model_trains_alike_and_its_state_fits_the_bare_one(variant, 
     bare.load_state_dict(trainer.state_dict())
 
 
+@pytest.mark.parametrize("variant", ["sgd", "cnn with BatchNorm", "central with adam", "db", "msam"])
+def test_channels_that_lie_last_change_rounding_alone(variant):
+    config = replace(CONFIG, **{**VARIANTS[variant], "model": "resnet18", "depth": 10, "width": 4, "epochs": 1})
+    reference, trainer = Trainer(config), Trainer(replace(config, channels_last=True))
+    images = [p for p in trainer.model.parameters() if p.ndim == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in images)
+    reference.epoch(), trainer.epoch()
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in images)
+    for a, b in zip(tensors(reference), tensors(trainer)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 if "adam" in variant else 1e-4)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_processes_share_a_batch_and_their_mean_gradient_is_that_of_one(precision):
     """Without DistributedDataParallel: the mean of what both would add to `.grad` is the gradient of the batch."""

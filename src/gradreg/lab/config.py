@@ -113,6 +113,7 @@ class RunConfig:
     epochs: int = _whole(30, 1, 10**6, "Passes over the training rows.")
     precision: str = _choice("fp32", PRECISIONS, "Arithmetic of the forward pass: autocast, fp16 with a scaler.")
     compile: bool = _switch("Compile the model.")
+    channels_last: bool = _switch("Keep the channels of images last in memory, which GPUs prefer with bf16.")
     device: str = _choice("auto", DEVICES, "Where to run; auto takes a GPU if there is one.")
     seed: int = _whole(0, 0, 2**31 - 1, "Decides initialization, order of the batches and which labels are random.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -17,7 +18,7 @@ from gradreg.lab.comparison.plan import KIND, Plan
 from gradreg.lab.comparison.result import arm_rows, verdict
 from gradreg.lab.comparison.schedule import TEST, ComparisonSchedule
 from gradreg.lab.cost.steps import clock_for, make_step, paired_seconds
-from gradreg.lab.folder import BadInput, json_line, shown, write_json, write_text
+from gradreg.lab.folder import BadInput, finite, json_line, shown, write_json, write_text
 from gradreg.lab.processes import resolve
 from gradreg.lab.records import read_record, sealed
 from gradreg.lab.runs import record
@@ -25,7 +26,7 @@ from gradreg.lab.search import Point
 from gradreg.lab.stats import median_ratio
 from gradreg.lab.sweep.board import Board
 from gradreg.lab.sweep.journal import locked
-from gradreg.lab.sweep.schedule import key_of
+from gradreg.lab.sweep.schedule import Status, key_of
 from gradreg.lab.sweep.storage import Place, without_password
 from gradreg.lab.sweep.study import Study
 from gradreg.lab.task import Loop
@@ -114,6 +115,26 @@ def conclude(folder: Path, place: Place, plan: Plan) -> Row:
         results["verdict"] = verdict(results)
         write_json(folder / "results.json", sealed(results))
         return read_record(folder / "results.json")  # numbers as whoever reads it later finds them
+
+
+def so_far(folder: Path, place: Place, plan: Plan) -> tuple[Row | None, Status]:
+    """Of a comparison that has not ended: as results.json would be with the seeds that every arm has been tested on.
+
+    No cost is measured. None with less than two such seeds, which make no interval.
+    """
+    schedule = ComparisonSchedule(plan, metric_of(plan.base))
+    with Study(place) as study:
+        board = study.board()
+    count, status = schedule.tested(board), schedule.status(board)
+    if count < 2:
+        return None, status
+    fewer = ComparisonSchedule(replace(plan, effort=replace(plan.effort, seeds=count)), schedule.metric)
+    about = read_record(folder / "config.json")
+    seconds = math.fsum(result.seconds for result in board.results.values())
+    results = {**about, "seeds": list(fewer.plan.seeds), "training_seconds": round(seconds, 1), "num_runs": status.done}
+    results["arms"] = arm_rows(fewer, board, {})
+    results["verdict"] = verdict(results)
+    return json.loads(json.dumps(finite(results))), status
 
 
 def _without_tracebacks(folder: Path, lines: list[Row]) -> list[Row]:

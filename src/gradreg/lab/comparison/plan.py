@@ -21,6 +21,7 @@ FIRST_SEED = 1_000_000
 DEFAULT_METHODS = ("F-GR", "SAM")
 DEFAULT_TRIALS, DEFAULT_SEEDS = 12, 5
 MOST_TRIALS, MOST_SEEDS = 1000, 100
+RECORDS = 10
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class Plan:
     """Of the user's file: all workers must have the same."""
     keeps_models: bool = False
     """Whether the weights at the end of each test run are kept in the folder."""
+    num_records: int = RECORDS
+    """How often a test run records its training loss, which reads all training rows; 0 for its end only."""
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -114,8 +117,10 @@ class Plan:
             "has_opponent": self.has_opponent,
             "digest": self.digest,
             "keeps_models": self.keeps_models,
+            "num_records": self.num_records,
         }
-        return {name: value for name, value in row.items() if value or name not in ("search_epochs", "keeps_models")}
+        later = {"search_epochs": 0, "keeps_models": False, "num_records": RECORDS}
+        return {name: value for name, value in row.items() if name not in later or value != later[name]}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Plan:
@@ -127,6 +132,7 @@ class Plan:
             effort = Effort(**{name: int(row.get(name, 0)) for name in asdict(Effort())})
             rest = {name: row[name] for name in ("first_seed", "by", "has_opponent", "digest")}
             rest["keeps_models"] = row.get("keeps_models", False)
+            rest["num_records"] = int(row.get("num_records", RECORDS))
             return cls(from_mapping(row["base"], "base"), tuple(row["methods"]), effort, **rest)
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"the plan must be that of a comparison, and has no good {error}.") from None

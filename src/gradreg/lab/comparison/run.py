@@ -149,8 +149,17 @@ def open_study(place: Place, plan: Plan) -> None:
         pass
 
 
-def carry_out(plan: Plan, folder: Path, place: Place, workers: int) -> dict[str, Any]:
+def carry_out(
+    plan: Plan, folder: Path, place: Place, workers: int, data: tuple[str | None, str | None] = (None, None)
+) -> dict[str, Any]:
     """Play all runs that are left, with others if there are; what results.json holds.
+
+    Args:
+        plan: what is compared.
+        folder: of the comparison.
+        place: of its study.
+        workers: processes.
+        data: the path of the plan's data, and the place that it stands for now.
 
     Raises:
         Hopeless: a task that has changed since, or whose every run fails.
@@ -165,7 +174,7 @@ def carry_out(plan: Plan, folder: Path, place: Place, workers: int) -> dict[str,
     )
     schedule = ComparisonSchedule(plan, task.metric)
     try:
-        work_together(Worker(folder.resolve(), place, stacks, workers, tasks.sources()), schedule)
+        work_together(Worker(folder.resolve(), place, stacks, workers, tasks.sources(), data), schedule)
     except BadInput as error:
         if ALL_FAILED not in str(error):
             raise

@@ -143,7 +143,7 @@ class ComparisonSchedule(Schedule):
         arm = self.arms[what["arm"]]
         epochs = what.get("epochs") or self.base.epochs
         config = arm.config(replace(self.base, epochs=epochs), what["point"], what["seed"])
-        return Job(config, what["scored_on"], 10 if what["scored_on"] == TEST else 0)
+        return Job(config, what["scored_on"], self.plan.num_records if what["scored_on"] == TEST else 0)
 
     def weights(self, what: Mapping[str, Any]) -> str:
         if not self.plan.keeps_models or what["scored_on"] != TEST:
@@ -152,6 +152,14 @@ class ComparisonSchedule(Schedule):
 
     def line(self, what: Mapping[str, Any]) -> dict[str, Any]:
         return {"arm": self.arms[what["arm"]].name}
+
+    def tested(self, board: Board) -> int:
+        """How many seeds of the test, the first ones, are there of every arm."""
+        progress, results = self.progress(board), board.results
+        if not self._are_chosen(progress):
+            return 0
+        missing = {e.what["seed"] for e in self._tests(progress) if e.key not in results}
+        return next((k for k, seed in enumerate(self.plan.seeds) if seed in missing), len(self.plan.seeds))
 
     def status(self, board: Board) -> Status:
         progress, results = self.progress(board), board.results

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def run_grid(plan: GridPlan, folder: Path, measure: Measure | None = None) -> Ro
     }
     write_json(folder / "results.json", results)
     publish(_page(results), folder)
-    tell([_table(results), Items(_notes(results))], results, folder)
+    tell([table(results), Items(notes(results))], results, folder)
     return results
 
 
@@ -92,7 +92,7 @@ def verdict(speed: GridSpeed) -> Row:
     return {"target": target, "verdict": says}
 
 
-def _table(results: Row) -> Table:
+def table(results: Mapping[str, Any]) -> Table:
     ways = {ALL_THREADS: "all threads", EACH_CORE: "each core", BATCHED: "batched"}
     rows = [
         [
@@ -107,7 +107,7 @@ def _table(results: Row) -> Table:
     return Table("Configurations per second", ["width", *ways.values(), "ratio", "target", "verdict"], rows)
 
 
-def _notes(results: Row) -> list[str]:
+def notes(results: Row) -> list[str]:
     first = results["grids"][0]
     load = f", load {results['load']:g} at the start" if results["load"] is not None else ""
     return [
@@ -122,5 +122,5 @@ def _notes(results: Row) -> list[str]:
 def _page(results: Row) -> Page:
     asked = "How many configurations per second does the batched engine train, beside runs played one at a time?"
     found = listed([f"{g['ratio']:.2f} times as many at width {g['width']} ({g['verdict']})" for g in results["grids"]])
-    blocks = [f"{asked} {found}.", made(results), _table(results), Items(_notes(results))]
+    blocks = [f"{asked} {found}.", made(results), table(results), Items(notes(results))]
     return Page("The batched engine", blocks, "gradreg cost")

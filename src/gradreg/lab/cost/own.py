@@ -32,6 +32,7 @@ BETWEEN = "cheap, between"
 SECONDS, MOST_ROUNDS, LEAST_ROUNDS = 40.0, 60, 6
 
 Row = dict[str, Any]
+Way = Callable[[costs.Step], costs.Step]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Plan:
     config: RunConfig
     rounds: int | None = None
     threads: int = 1
+    budget: float = SECONDS
+    """Seconds, which decide the rounds."""
 
     @property
     def command(self) -> str:
@@ -57,14 +60,35 @@ def run_own(plan: Plan, folder: Callable[[], Path]) -> Row:
         BadInput: a task that does not run; no folder is made.
     """
     started = time.perf_counter()
-    torch.set_num_threads(plan.threads)
-    task, device = tasks.trained(plan.config), costs_device(plan.config)
     if plan.config.file is not None:
         tasks.check(plan.config)
-    made_steps, refused = _steps(plan.config, task, device)
+    found = measured(plan)
+    place = folder()
+    results: Row = {"name": place.name, **provenance(plan.command), "kind": "cost", **found}
+    results["seconds"] = round(time.perf_counter() - started, 1)
+    write_json(place / "results.json", results)
+    publish(Page(f"What a step costs on {results['task']}", [*_told(results), made(results)], "gradreg cost"), place)
+    tell(_told(results), results, place)
+    return results
+
+
+def measured(plan: Plan, way: Way = lambda step: step, has_memory: bool = True) -> Row:
+    """A step of each method on the task, in paired rounds.
+
+    Args:
+        plan: what is measured.
+        way: makes of a step what is timed in its place, such as a captured one.
+        has_memory: whether the peak is measured too, on steps as they are.
+
+    Raises:
+        BadInput: a step of SGD that does not run.
+    """
+    torch.set_num_threads(plan.threads)
+    task, device = tasks.trained(plan.config), costs_device(plan.config)
+    made_steps, refused = _steps(plan.config, task, device, way)
     clock = costs.clock_for(device, plan.threads)
     with progress_bar() as show:
-        rounds = plan.rounds or _rounds(made_steps, clock)
+        rounds = plan.rounds or _rounds(made_steps, clock, plan.budget)
         done = 0
 
         def one_more() -> None:
@@ -73,11 +97,7 @@ def run_own(plan: Plan, folder: Callable[[], Path]) -> Row:
             show("cost of a step", done, rounds + 1)
 
         seconds = costs.paired_seconds(made_steps, rounds, clock, warm_up=1, progress=one_more)
-    place = folder()
-    results: Row = {
-        "name": place.name,
-        **provenance(plan.command),
-        "kind": "cost",
+    return {
         "task": plan.config.task,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "clock": "processor time" if costs.is_processor_time(device, plan.threads) else "wall-clock time",
@@ -86,13 +106,8 @@ def run_own(plan: Plan, folder: Callable[[], Path]) -> Row:
         "batch_size": count(next(iter(task.train.chunks(plan.config.batch_size, 0)))[0]),
         "parameters": sum(p.numel() for p in task.build(0).parameters()),
         "sgd_seconds": median(seconds["SGD"]),
-        "methods": _rows(seconds, _peaks(plan.config, task, device, seconds), refused),
+        "methods": _rows(seconds, _peaks(plan.config, task, device, seconds) if has_memory else {}, refused),
     }
-    results["seconds"] = round(time.perf_counter() - started, 1)
-    write_json(place / "results.json", results)
-    publish(Page(f"What a step costs on {results['task']}", [*_told(results), made(results)], "gradreg cost"), place)
-    tell(_told(results), results, place)
-    return results
 
 
 def costs_device(config: RunConfig) -> torch.device:
@@ -107,13 +122,15 @@ def _configs(config: RunConfig) -> dict[str, RunConfig]:
     return {**found, "cheap": replace(base, **CHEAP), BETWEEN: replace(base, **CHEAP, period=10**6)}
 
 
-def _steps(config: RunConfig, task: Task, device: torch.device) -> tuple[dict[str, costs.Step], dict[str, str]]:
+def _steps(
+    config: RunConfig, task: Task, device: torch.device, way: Way
+) -> tuple[dict[str, costs.Step], dict[str, str]]:
     """A step of each method that the model bears, and why the others are not there."""
     found: dict[str, costs.Step] = {}
     refused: dict[str, str] = {}
     for name, own in _configs(config).items():
         try:
-            step = costs.make_step(own, task, device)
+            step = way(costs.make_step(own, task, device))
             step()
             found[name] = step
         except Exception as error:  # a model that cannot be differentiated twice, rows that cannot be divided
@@ -123,10 +140,10 @@ def _steps(config: RunConfig, task: Task, device: torch.device) -> tuple[dict[st
     return found, refused
 
 
-def _rounds(steps: Mapping[str, costs.Step], clock: costs.Clock) -> int:
+def _rounds(steps: Mapping[str, costs.Step], clock: costs.Clock, budget: float) -> int:
     started = time.perf_counter()
     costs.paired_seconds(steps, 1, clock, warm_up=0)
-    return int(min(MOST_ROUNDS, max(LEAST_ROUNDS, SECONDS / (time.perf_counter() - started))))
+    return int(min(MOST_ROUNDS, max(LEAST_ROUNDS, budget / (time.perf_counter() - started))))
 
 
 def _peaks(config: RunConfig, task: Task, device: torch.device, measured: Iterable[str]) -> dict[str, int]:
@@ -144,14 +161,17 @@ def _peaks(config: RunConfig, task: Task, device: torch.device, measured: Iterab
 def _rows(seconds: Mapping[str, list[float]], peaks: Mapping[str, int], refused: Mapping[str, str]) -> list[Row]:
     rows: list[Row] = []
     for name in (*COMPARED, "cheap"):
-        if name in refused:
-            rows.append({"name": name, "time": None, "refused": refused[name]})
+        why = refused.get(name) or (refused.get(BETWEEN) if name == "cheap" else None)
+        if why:
+            rows.append({"name": name, "time": None, "refused": why})
             continue
         took, plain_ = seconds[name], seconds["SGD"]
         if name == "cheap":
             took = [(a + (PERIOD - 1) * b) / PERIOD for a, b in zip(took, seconds[BETWEEN])]
-        found = {"time": asdict(stats.median_ratio(took, plain_)), "memory_ratio": peaks[name] / peaks["SGD"]}
-        rows.append({"name": name, **found, "peak_bytes": peaks[name], "refused": ""})
+        found: Row = {"name": name, "time": asdict(stats.median_ratio(took, plain_)), "refused": ""}
+        if peaks:
+            found |= {"memory_ratio": peaks[name] / peaks["SGD"], "peak_bytes": peaks[name]}
+        rows.append(found)
     return rows
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from statistics import median, mode
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from gradreg.lab.config import RunConfig, configure
 from gradreg.lab.rows import moved
 from gradreg.lab.task import Task
 from gradreg.lab.tasks import trained
+from gradreg.lab.train.forward import compiled, laid_out, loss_of
 
 RATE = 1e-3  # small: the timed weights should stay where they are
 WARM_UP = 3  # rounds that allocate
@@ -43,21 +45,45 @@ def step_costs(task: RunConfig, chosen: Mapping[str, Mapping[str, Any]], rounds:
 
 
 def make_step(config: RunConfig, task: Task, device: torch.device = CPU) -> Step:
-    """One training step on the first rows, from the freshly built model of the run."""
-    model = task.build(config.seed).to(device).train()
+    """One training step on the first rows, from the freshly built model of the run, in its layout and precision."""
+    model = laid_out(task.build(config.seed), config, device).train()
+    forward = compiled(model, config)
+    loss = loss_of(task, forward, config, device)
     batch = moved(next(iter(task.train.chunks(config.batch_size, 0)))[0], device)
     if task.optimizer is None:
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=config.weight_decay)
     else:
         optimizer = task.optimizer(model.parameters(), lr=RATE, weight_decay=config.weight_decay)
-    backward = attach(model, 1, config, optimizer).backward  # a run of one step: no warm-up
+    backward = attach(forward, 1, config, optimizer).backward  # a run of one step: no warm-up
 
     def step() -> None:
         optimizer.zero_grad()
-        backward(lambda batch: task.objective.loss(model, batch), [batch])
+        backward(loss, [batch])
         optimizer.step()
 
     return step
+
+
+def captured(step: Step) -> Step:
+    """A step that is one launch of a CUDA graph: what the host does around it is done once, when it is captured.
+
+    Steps are made before, in which a method may check and measure more than later.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return partial(_replay, graph, step)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, step: Step) -> None:
+    del step  # kept by the partial, for it holds the memory that the graph reads and writes
+    graph.replay()
 
 
 def is_processor_time(device: torch.device, threads: int) -> bool:

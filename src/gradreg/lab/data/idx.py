@@ -53,7 +53,11 @@ def fashion_mnist(path: str | None) -> Split:
     """
     if path is None and not DEBIAN.is_dir():
         raise BadInput(f"data fashion-mnist was not found. Two ways to get it: {_HOW_TO_GET}.")
-    return _read(*_files(DEBIAN if path is None else Path(path)), is_fashion=True)
+    try:
+        files = _files(DEBIAN if path is None else Path(path))
+    except BadInput as error:
+        raise BadInput(f"{str(error).rstrip('.')}. Two ways to get Fashion-MNIST: {_HOW_TO_GET}.") from None
+    return _read(*files, is_fashion=True)
 
 
 def from_folder(path: str) -> Split:

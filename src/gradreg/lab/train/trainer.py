@@ -27,8 +27,7 @@ from gradreg.lab.rows import TensorRows, moved, shared_out
 from gradreg.lab.task import Task
 from gradreg.lab.tasks import trained
 from gradreg.lab.train.checkpoint import differences
-
-_LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from gradreg.lab.train.forward import compiled, laid_out, loss_of
 
 
 @dataclass
@@ -67,10 +66,11 @@ class Trainer:
         self.config = config
         self.task = trained(config) if task is None else task
         self.device = self.processes.device
-        self.model = self.task.build(config.seed).to(self.device)
+        self.model = laid_out(self.task.build(config.seed), config, self.device)
         self.steps_per_epoch = self.task.train.num_batches(config.batch_size)
         self.num_steps = config.epochs * self.steps_per_epoch
         self._forward = self._wrapped(self.model)
+        self._loss = loss_of(self.task, self._forward, config, self.device)
         self.optimizer = make_optimizer(config, self.model, self.task)
         attached = attach(self._forward, self.num_steps, config, self.optimizer)
         self._backward, self.regularizer, self.flooded = attached.backward, attached.regularizer, attached.flooded
@@ -142,13 +142,6 @@ class Trainer:
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self._cosine.step()
 
-    def _loss(self, batch: Batch) -> Tensor:
-        dtype = _LOW_PRECISION.get(self.config.precision)
-        if dtype is None:
-            return self.task.objective.loss(self._forward, batch)
-        with torch.autocast(self.device.type, dtype):
-            return self.task.objective.loss(self._forward, batch)
-
     def _share(self, batch: Batch) -> Batch:
         """This process's rows; the whole batch is augmented first, so that they do not depend on the others."""
         if self.task.transform is not None:
@@ -167,7 +160,7 @@ class Trainer:
     def _wrapped(self, model: nn.Module) -> nn.Module:
         if self.processes.size > 1:
             model = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
-        return torch.compile(model) if self.config.compile else model  # type: ignore[return-value]
+        return compiled(model, self.config)
 
     def state_dict(self) -> dict[str, Any]:
         """All that decides the steps to come; tensors are not copied."""
