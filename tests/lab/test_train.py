@@ -187,7 +187,7 @@ def test_metrics_for_tensorboard(tmp_path):
 def test_without_tensorboard_there_is_an_install_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert status(words(CONFIG, "--tensorboard", "--out", str(tmp_path / "run"))) == 2
-    assert capsys.readouterr().err.strip().endswith("pip install 'gradreg[tensorboard]'")
+    assert capsys.readouterr().err.strip().endswith("pip install '.[tensorboard]'")
     assert not (tmp_path / "run").exists()
 
 

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradreg._install import how
+
 try:
     from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 except ImportError as error:
-    raise ImportError("gradreg.integrations.trl needs trl: pip install 'gradreg[trl]'") from error
+    raise ImportError(f"gradreg.integrations.trl needs trl: {how('trl')}") from error
 
 from gradreg.integrations._arguments import CommonArguments, RegularizationArguments, is_positive
 from gradreg.integrations._trainer import GradientRegularizationMixin, MicroBatch
