@@ -1,8 +1,8 @@
 """The code of the pages that are to be copied: every block runs as it stands, and prints what the page says.
 
 A block that begins with an import or a docstring is a script of its own; any other goes on where the one before it
-ended. A block of text behind it is what it prints in the end: the same words, and numbers in the same places (they differ between
-processors). A block marked `.before` is code for another library, and is only read.
+ended. A block of text behind it is what it prints in the end: the same words, and numbers in the same places (they
+differ between processors). A block marked `.before` is code for another library, and is only read.
 """
 
 import ast
@@ -17,24 +17,25 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/tutorial.md"]
+PAGES = ["README.md", "docs/tutorial.md", "docs/migrate.md"]
 BLOCK = re.compile(r"^``` ?(python|text|bash|\{ \.python \.before \})\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def scripts(page):
     """Groups of blocks that share their names: lists of [code, what the page says it prints, line]."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    groups = []
+    groups, last = [], ""
     for match in BLOCK.finditer(text):
         kind, block = match.groups()
-        if kind == "text":
+        if kind == "text" and last == "python":
             groups[-1][-1][1] = block
         elif kind == "python":
             if re.match(r'import |from |"""', block):
                 groups.append([])
             groups[-1].append([block, None, text[: match.start()].count("\n") + 1])
-        elif kind != "bash":
+        elif kind.startswith("{"):
             ast.parse(block)
+        last = kind
     return groups
 
 
