@@ -17,7 +17,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/tutorial.md", "docs/migrate.md"]
+PAGES = ["README.md", "docs/tutorial.md", "docs/migrate.md", "docs/recipes.md"]
 BLOCK = re.compile(r"^``` ?(python|text|bash|\{ \.python \.before \})\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
