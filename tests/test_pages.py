@@ -1,12 +1,14 @@
 """The code of the pages that are to be copied: every block runs as it stands, and prints what the page says.
 
 A block that begins with an import or a docstring is a script of its own; any other goes on where the one before it
-ended. A block of text behind it is what it prints in the end: the same words, and numbers in the same places (they
+ended. The next block of text is what it prints in the end: the same words, and numbers in the same places (they
 differ between processors). A block marked `.before` is code for another library, and is only read.
 """
 
 import ast
+import os
 import re
+import subprocess
 import sys
 import warnings
 from contextlib import redirect_stdout
@@ -17,17 +19,17 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/tutorial.md", "docs/migrate.md", "docs/recipes.md"]
+PAGES = ["README.md", "docs/tutorial.md", "docs/migrate.md", "docs/recipes.md", "docs/scale.md"]
 BLOCK = re.compile(r"^``` ?(python|text|bash|\{ \.python \.before \})\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def scripts(page):
     """Groups of blocks that share their names: lists of [code, what the page says it prints, line]."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    groups, last = [], ""
+    groups = []
     for match in BLOCK.finditer(text):
         kind, block = match.groups()
-        if kind == "text" and last == "python":
+        if kind == "text" and groups and groups[-1][-1][1] is None:
             groups[-1][-1][1] = block
         elif kind == "python":
             if re.match(r'import |from |"""', block):
@@ -35,7 +37,6 @@ def scripts(page):
             groups[-1].append([block, None, text[: match.start()].count("\n") + 1])
         elif kind.startswith("{"):
             ast.parse(block)
-        last = kind
     return groups
 
 
@@ -45,6 +46,16 @@ CASES = [pytest.param(page, group, id=f"{page}-{group[0][2]}") for page in PAGES
 def words(text):
     """The text without its numbers, and without how wide they are."""
     return re.sub(r"[+−-]?\d[\d.,]*(e[+-]\d+)?", " # ", text).split()
+
+
+def on_ranks(code, expected):
+    """As the page says: torchrun, two processes."""
+    Path("train_ranks.py").write_text(code, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_ranks.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment)
+    assert result.returncode == 0, result.stderr
+    assert words(result.stdout) == words(expected)
 
 
 @pytest.fixture
@@ -59,6 +70,8 @@ def one_thread():
 @pytest.mark.parametrize(("page", "group"), CASES)
 def test_block_runs(page, group, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if "init_process_group" in group[0][0]:
+        return on_ranks(*group[0][:2])
     monkeypatch.setattr(sys, "argv", ["script.py"])
     names = {"__name__": "__main__"}
     for code, expected, line in group:
