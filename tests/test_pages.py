@@ -16,7 +16,6 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "docs/tutorial.md", "docs/migrate.md", "docs/recipes.md", "docs/scale.md"]
@@ -58,15 +57,6 @@ def on_ranks(code, expected):
     assert words(result.stdout) == words(expected)
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("page", "group"), CASES)
 def test_block_runs(page, group, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -649,7 +649,7 @@ def torchrun(line, folder, patch=""):
     target = [str(script)] if patch else ["-m", "gradreg"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *started, *target, *line]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=200)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=1500)
 
 
 def test_two_processes_are_one_to_rounding_also_when_stopped_and_resumed(whole, tmp_path):
