@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+import gradreg
+
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "docs/tutorial.md", "docs/migrate.md", "docs/recipes.md", "docs/scale.md"]
 BLOCK = re.compile(r"^``` ?(python|text|bash|\{ \.python \.before \})\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -78,3 +80,8 @@ def test_block_runs(page, group, tmp_path, monkeypatch):
 
 def test_there_are_blocks():
     assert {case.values[0] for case in CASES} == set(PAGES)
+
+
+def test_what_is_stable_names_all_names():
+    text = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8").split("- **What is promised**")[0]
+    assert set(re.findall(r"`(\w+)`", text)) == set(gradreg.__all__)
