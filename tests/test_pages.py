@@ -1,8 +1,8 @@
 """The code of the pages that are to be copied: every block runs as it stands, and prints what the page says.
 
 A block that begins with an import or a docstring is a script of its own; any other goes on where the one before it
-ended. The next block of text is what it prints in the end: the same words, and numbers in the same places (they
-differ between processors). A block marked `.before` is code for another library, and is only read.
+ended, and so do all of the README. The next block of text is what it prints in the end: the same words, and numbers in
+the same places (they differ between processors). A block marked `.before` is code for another library, and only read.
 """
 
 import ast
@@ -33,7 +33,7 @@ def scripts(page):
         if kind == "text" and groups and groups[-1][-1][1] is None:
             groups[-1][-1][1] = block
         elif kind == "python":
-            if re.match(r'import |from |"""', block):
+            if not groups or (page != "README.md" and re.match(r'import |from |"""', block)):
                 groups.append([])
             groups[-1].append([block, None, text[: match.start()].count("\n") + 1])
         elif kind.startswith("{"):
