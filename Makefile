@@ -5,7 +5,7 @@ export NO_MKDOCS_2_WARNING := 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
 
-.PHONY: demo test lint docs bench bench-ranks gpu clean
+.PHONY: demo test lint docs package bench bench-ranks gpu clean
 
 demo: $(VENV)/lab
 	$(BIN)/gradreg demo $(ARGS)
@@ -25,6 +25,13 @@ lint: $(VENV)/dev
 docs: $(VENV)/dev
 	$(BIN)/mkdocs build --strict
 
+# The wheel and the source archive, into dist/; the test installs both into empty folders and tries them.
+package: $(VENV)/dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/pytest tests/test_package.py
+
 # pytorch_optimizer is the peer we are timed against; only the bench needs it.
 bench: $(VENV)/dev
 	$(PIP) pytorch_optimizer
@@ -41,7 +48,8 @@ GPU_PAGE ?= docs/gpu.md
 gpu:
 	PYTHONPATH=src $(GPU_PYTHON) -m gradreg gpu --write $(GPU_PAGE) $(ARGS)
 
-# torch first and pinned: a range would bring the CUDA build and several gigabytes.
+# torch first and pinned, so that nothing below replaces it. On Linux PyPI's is the CUDA build of several gigabytes, unless
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu is set.
 $(VENV)/torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
@@ -57,4 +65,4 @@ $(VENV)/dev: $(VENV)/lab
 	touch $@
 
 clean:
-	rm -rf $(VENV) site results .pytest_cache .ruff_cache
+	rm -rf $(VENV) site dist results .pytest_cache .ruff_cache

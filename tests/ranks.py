@@ -24,7 +24,7 @@ GAMMA, EPSILON = 0.05, 0.1
 def on_ranks(num: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """What `work(rank, *args)` returned on each of `num` ranks.
 
-    A rank that waits for another in vain fails after two minutes, and ends all of them.
+    A rank that waits for another in vain fails after twenty minutes, and ends all of them.
     """
     with tempfile.TemporaryDirectory() as folder:
         files = [f"{folder}/{rank}.pt" for rank in range(num)]
@@ -64,7 +64,7 @@ def on_two_ranks(work: Callable[..., Any], *args: Any) -> list[Any]:
 def _run(rank: int, num: int, folder: str, work: Callable[..., Any], args: Sequence[Any]) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", num)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num, timeout=timedelta(minutes=2))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num, timeout=timedelta(minutes=20))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.save(work(rank, *args), f"{folder}/{rank}.part")
     os.rename(f"{folder}/{rank}.part", f"{folder}/{rank}.pt")
@@ -295,7 +295,7 @@ def abandoned(rank: int, kind: str) -> dict[str, Any]:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
-    group = dist.new_group(timeout=timedelta(seconds=4))
+    group = dist.new_group(timeout=timedelta(seconds=15))
     x, y = make_data()
     x, y = x[rank::2], y[rank::2]
     if kind == "fsdp":

@@ -129,7 +129,7 @@ def test_an_interrupt_says_where_the_finished_runs_are(monkeypatch, capsys):
 def test_a_missing_extra_names_the_install_line(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_NEEDED", ("no_such_package",))
     assert cli.main(["demo"]) == 2
-    assert capsys.readouterr().err.strip().endswith("pip install 'gradreg[lab]'")
+    assert capsys.readouterr().err.strip().endswith("in a clone of gradreg, pip install '.[lab]'")
 
 
 LONG = "x" * 5000

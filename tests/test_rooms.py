@@ -11,6 +11,7 @@ import gradreg
 
 SOURCE = Path(gradreg.__file__).parent
 RANKS = {
+    "_install": -1,
     "_vectors": 0,
     "functional": 1,
     "training": 2,

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from gradreg._install import how
+
 _NEEDED = (
     *("cloudpickle", "cyclopts", "jinja2", "matplotlib", "mnist1d", "optuna"),
     *("rich", "safetensors", "scipy", "sklearn", "yaml"),
@@ -28,7 +30,7 @@ def main(tokens: Sequence[str] | None = None) -> int:
 def _main(tokens: Sequence[str] | None) -> int:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
-        print(f"gradreg: the laboratory needs {', '.join(missing)}: pip install 'gradreg[lab]'", file=sys.stderr)
+        print(f"gradreg: the laboratory needs {', '.join(missing)}: {how('lab')}", file=sys.stderr)
         return 2
 
     from gradreg.lab.output import lenient

@@ -470,7 +470,7 @@ def test_the_command_compares_a_file_and_leaves_a_page(here, capsys):
     lines = [json.loads(line) for line in (here / "a" / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(lines) == results["num_runs"] == sum(row["runs"] for row in results["arms"])
     assert {line["arm"] for line in lines} == {row["name"] for row in results["arms"]}
-    assert all(row["cost"]["median"] > 0.5 for row in results["arms"])
+    assert all(row["cost"]["median"] > 0 for row in results["arms"])  # how much is for the machine to say
     assert (here / "a" / "report.html").is_file()
     assert cli.main(["compare", "mine.py", "--resume", "a"]) == 0  # it has ended: shown again
     assert cli.main([*results["command"].split()[1:], "--out", "b"]) == 0

@@ -204,7 +204,7 @@ def test_thirteen_images_are_enough(tmp_path):
 @pytest.mark.parametrize(("name", "module"), [("images", "PIL.Image"), ("hub", "datasets")])
 def test_without_the_extra_the_install_line_is_given(name, module, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(BadInput, match=r"pip install 'gradreg\[hub\]'"):
+    with pytest.raises(BadInput, match=r"pip install '.\[hub\]'"):
         load(config(tmp_path, data=name))
 
 

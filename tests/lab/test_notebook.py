@@ -17,7 +17,7 @@ def executed():
     from nbconvert.preprocessors import ExecutePreprocessor
 
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    ExecutePreprocessor(timeout=200, kernel_name="python3").preprocess(
+    ExecutePreprocessor(timeout=1500, kernel_name="python3").preprocess(
         notebook, {"metadata": {"path": str(NOTEBOOK.parent)}}
     )
     return notebook

@@ -336,7 +336,7 @@ def start(folder, *options):
 
 
 def until(condition):
-    for _ in range(6000):
+    for _ in range(100_000):
         if condition():
             return
         time.sleep(0.01)

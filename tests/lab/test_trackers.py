@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from gradreg import cli
+from gradreg._install import how
 from gradreg.lab import trackers
 from gradreg.lab.folder import BadInput
 from gradreg.lab.records import opened
@@ -152,7 +153,7 @@ def test_a_missing_package_is_one_line_with_the_command(name, tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, trackers._MODULES.get(name, name), None)
     assert status(f"{RUN} --log {name} --out", tmp_path / "run") == 2
     said = capsys.readouterr().err
-    assert said == f"gradreg: --log {name} needs the package {name}: pip install 'gradreg[{name}]'\n"
+    assert said == f"gradreg: --log {name} needs the package {name}: {how(name)}\n"
     assert list(tmp_path.iterdir()) == []
 
 

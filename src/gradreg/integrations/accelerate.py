@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from gradreg._install import how
+
 try:
     from accelerate import Accelerator, DistributedType
 except ImportError as error:
-    raise ImportError("gradreg.integrations.accelerate needs accelerate: pip install 'gradreg[accelerate]'") from error
+    raise ImportError(f"gradreg.integrations.accelerate needs accelerate: {how('accelerate')}") from error
 
 from gradreg.integrations._replay import check_one_replay
 from gradreg.training.block import Block

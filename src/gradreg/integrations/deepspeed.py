@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradreg._install import how
+
 try:
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_set_full_grad
 except ImportError as error:
-    raise ImportError("gradreg.integrations.deepspeed needs deepspeed: pip install 'gradreg[deepspeed]'") from error
+    raise ImportError(f"gradreg.integrations.deepspeed needs deepspeed: {how('deepspeed')}") from error
 
 from gradreg import _vectors as vectors
 from gradreg.functional.ascents import Ascent, resolve_ascent

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gradreg._install import how
+
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision
@@ -28,7 +30,7 @@ try:
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
     from torchmetrics import Metric
 except ImportError as error:
-    raise ImportError("gradreg.integrations.lightning needs lightning: pip install 'gradreg[lightning]'") from error
+    raise ImportError(f"gradreg.integrations.lightning needs lightning: {how('lightning')}") from error
 
 from gradreg.integrations._replay import check_one_replay
 from gradreg.training.block import Block

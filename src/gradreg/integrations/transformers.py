@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gradreg._install import how
+
 try:
     from transformers import Trainer, TrainingArguments
 except ImportError as error:
     raise ImportError(
-        "gradreg.integrations.transformers needs transformers and accelerate: pip install 'gradreg[transformers]'"
+        f"gradreg.integrations.transformers needs transformers and accelerate: {how('transformers')}"
     ) from error
 
 from gradreg.integrations._arguments import RegularizationArguments

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gradreg._install import how
+
 try:
     from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 except ImportError as error:
-    raise ImportError("gradreg.integrations.trl needs trl: pip install 'gradreg[trl]'") from error
+    raise ImportError(f"gradreg.integrations.trl needs trl: {how('trl')}") from error
 
 from gradreg.integrations._arguments import CommonArguments, RegularizationArguments, is_positive
 from gradreg.integrations._policy import PolicyRegularizationMixin, embeddings_and_head

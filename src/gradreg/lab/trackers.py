@@ -18,6 +18,7 @@ from textwrap import shorten
 from typing import Any, Protocol
 from uuid import uuid4
 
+from gradreg._install import how
 from gradreg.lab.folder import BadInput, write_json
 
 Row = Mapping[str, Any]
@@ -156,7 +157,7 @@ def _package(name: str) -> Any:
     try:
         return import_module(_MODULES.get(name, name))
     except ImportError as error:
-        raise BadInput(f"--log {name} needs the package {name}: pip install 'gradreg[{name}]'") from error
+        raise BadInput(f"--log {name} needs the package {name}: {how(name)}") from error
 
 
 def _known(folder: Path, name: str) -> str | None:

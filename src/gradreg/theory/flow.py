@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradreg._install import how
 from gradreg.functional.schemes import Scheme, resolve_scheme
 from gradreg.theory.model import check_data, initial_scale
 
@@ -284,5 +285,5 @@ def _scipy() -> tuple[Any, Any]:
         import numpy as np
         from scipy.integrate import solve_ivp
     except ImportError as error:
-        raise ImportError("gradreg.theory.flow needs scipy: pip install 'gradreg[lab]'") from error
+        raise ImportError(f"gradreg.theory.flow needs scipy: {how('lab')}") from error
     return np, solve_ivp

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gradreg._install import how
 from gradreg.lab.data.parts import Part, Split, from_bytes, moments, shuffled
 from gradreg.lab.folder import BadInput, shown
 
@@ -27,7 +28,7 @@ _ENDINGS = {".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".bmp", ".gif", ".tif", ".
 _BESIDE = {"", ".txt", ".md", ".json", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html", ".ini", ".db", ".log", ".url"}
 """Endings of what lies beside images and is none."""
 _VALIDATION = ("val", "valid", "validation")
-_INSTALL = "install it with: pip install 'gradreg[hub]'"
+_INSTALL = f"to install it: {how('hub')}"
 
 Pixels = np.ndarray  # (n, 3, H, W), bytes
 Labels = np.ndarray  # (n,)

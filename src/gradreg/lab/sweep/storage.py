@@ -9,6 +9,7 @@ from pathlib import Path
 import optuna
 from optuna.exceptions import ExperimentalWarning
 
+from gradreg._install import how
 from gradreg.lab.folder import BadInput
 from gradreg.lab.sweep.journal import Journal, Spoiled
 
@@ -83,7 +84,7 @@ def _database(place: Place) -> optuna.storages.BaseStorage:
     except ImportError as error:
         raise BadInput(
             f"--storage needs a driver for {without_password(url)}: {error.__cause__ or error}. "
-            "For PostgreSQL: pip install 'gradreg[postgres]'"
+            f"For PostgreSQL: {how('postgres')}"
         ) from error
     except (ArgumentError, NoSuchModuleError) as error:
         raise BadInput(f"--storage must be a URL such as postgresql://USER@HOST/DATABASE: {error}.") from error
