@@ -177,7 +177,7 @@ def test_an_interrupted_piece_shows_the_seeds_that_are_there_and_goes_on(quick, 
     with monkeypatch.context() as patch:
         stopping_at(9, patch)  # of 10: 2 candidates, each again for all epochs, and 3 seeds of both
         assert quick("--only", "wrn-16-4", "--write", str(tmp_path / "gpu.md")) == 130
-    assert "finished pieces and runs are kept; go on with: gradreg gpu --resume" in capsys.readouterr().err
+    assert "finished runs are kept; go on with: gradreg gpu --resume" in capsys.readouterr().err
     assert state(tmp_path)["wrn-16-4"] == "2 of 3 seeds are shown"
     assert "made of 0 of 10 pieces" in first(tmp_path)
     assert "wrn-16-4 (2 of 3 seeds are shown)" in first(tmp_path)
@@ -217,7 +217,7 @@ def test_a_full_disk_ends_it_and_says_what_is_kept(quick, tmp_path, monkeypatch,
     assert quick("--only", "eager", "few") == 1
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith(
-        "gradreg: No space left on device; finished pieces and runs are kept; go on with: gradreg gpu"
+        "gradreg: No space left on device; finished runs are kept; go on with: gradreg gpu"
     )
     assert state(tmp_path)["few"] == ""
 

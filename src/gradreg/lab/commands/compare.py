@@ -90,21 +90,17 @@ def compare(
     fields = together(task, given)
 
     from gradreg.lab.comparison import run
-    from gradreg.lab.comparison.folder import find
     from gradreg.lab.comparison.plan import DEFAULT_METHODS, Effort, Plan, checked_methods
     from gradreg.lab.comparison.report import show
-    from gradreg.lab.comparison.schedule import ComparisonSchedule
     from gradreg.lab.player import default_workers
-    from gradreg.lab.sweep.complete import check_complete
     from gradreg.lab.sweep.storage import Place
     from gradreg.lab.sweep.study import Study
-    from gradreg.lab.tasks import digest_of, metric_of
+    from gradreg.lab.tasks import digest_of
 
     count = workers or default_workers()
     if resume is not None:
-        plan, place, about = find(resume, storage)
+        plan, place = run.known(resume, storage)
         folder = resume
-        check_complete(resume, place, ComparisonSchedule(plan, metric_of(plan.base)), about.get("command"))
         run.open_study(place, plan)
     elif (
         study is not None

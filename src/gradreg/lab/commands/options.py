@@ -73,7 +73,9 @@ def gone_on_with(*words: object) -> Iterator[None]:
         raise KeyboardInterrupt(again) from None
     except Hopeless:
         raise
-    except (BadInput, OSError) as error:
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}; {again}", error.filename) from error
+    except BadInput as error:
         raise BadInput(f"{str(error).rstrip('.')}. {again[0].upper()}{again[1:]}") from error
 
 

@@ -12,16 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from gradreg.lab import tasks
 from gradreg.lab.comparison import report, run
-from gradreg.lab.comparison.folder import find
 from gradreg.lab.comparison.plan import DEFAULT_METHODS, DEFAULT_SEEDS, DEFAULT_TRIALS, Effort, Plan, checked_methods
 from gradreg.lab.comparison.result import leader
-from gradreg.lab.comparison.schedule import ComparisonSchedule
 from gradreg.lab.config import from_mapping
 from gradreg.lab.folder import BadInput, new_folder, shown
 from gradreg.lab.metric import Metric
 from gradreg.lab.page import fragment, publish
 from gradreg.lab.player import default_workers
-from gradreg.lab.sweep.complete import check_complete
 from gradreg.lab.sweep.storage import Place
 from gradreg.lab.task import Loop, Task
 from gradreg.lab.task_names import fields_of
@@ -80,10 +77,7 @@ def compare(
     place_of = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="gradreg-compare-"))
     try:
         if folder is not None and (place_of / "config.json").exists():
-            known, place, about = find(place_of, storage)
-            check_complete(
-                place_of, place, ComparisonSchedule(known, tasks.metric_of(known.base)), about.get("command")
-            )
+            known, place = run.known(place_of, storage)
             plan = known if budget is not None else plan
             if known != plan:
                 raise BadInput(f"folder must be that of the same comparison, or a new one, got {shown(place_of)}.")

@@ -17,6 +17,7 @@ from gradreg.lab.comparison.plan import LADDER, Effort, Plan, example
 from gradreg.lab.comparison.schedule import ALL_FAILED, ComparisonSchedule
 from gradreg.lab.folder import BadInput, Hopeless
 from gradreg.lab.runs import Job, run
+from gradreg.lab.sweep.complete import check_complete
 from gradreg.lab.sweep.storage import Place
 from gradreg.lab.sweep.study import Study
 from gradreg.lab.sweep.workers import Worker, work_together
@@ -138,6 +139,17 @@ def begin(plan: Plan, folder: Path, place: Place, command: str, workers: int, no
     """Enter the plan in its study, and write the folder's config.json."""
     open_study(place, plan)
     folders.begin(folder, plan, place, command, workers, list(not_afforded))
+
+
+def known(folder: Path, url: str | None = None) -> tuple[Plan, Place]:
+    """The comparison of a folder, to go on with.
+
+    Raises:
+        BadInput: it is none, its record was changed, or its study has lost runs that had finished.
+    """
+    plan, place, about = folders.find(folder, url)
+    check_complete(folder, place, ComparisonSchedule(plan, tasks.metric_of(plan.base)), about.get("command"))
+    return plan, place
 
 
 def open_study(place: Place, plan: Plan) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from gradreg.lab.commands.options import MOST_WORKERS, Device, Out, Write, app, switch, whole
+from gradreg.lab.commands.options import MOST_WORKERS, Device, Out, Write, app, gone_on_with, switch, whole
 from gradreg.lab.folder import BadInput, new_folder
 from gradreg.lab.names import one_of
 
@@ -46,7 +46,7 @@ def gpu(
         raise BadInput("--resume must be given without --out and --quick, which its folder decides.")
 
     from gradreg.studies.gpu import run
-    from gradreg.studies.gpu.play import Sitting
+    from gradreg.studies.gpu.play import Sitting, has_failed
 
     is_quick = run.is_quick(resume) if resume is not None else quick
     names = _names(only, is_quick)
@@ -57,14 +57,9 @@ def gpu(
     if resume is None:
         run.begin(folder, is_quick)
     sitting = Sitting(folder, device, workers or _workers(device), is_quick, place, _command(is_quick, only, minutes))
-    kept = f"finished pieces and runs are kept; go on with: {shlex.join(['gradreg', 'gpu', '--resume', str(folder)])}"
-    try:
+    with gone_on_with("gradreg", "gpu", "--resume", folder):
         results = run.run_gpu(sitting, names, minutes, write)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(kept) from None
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror or error}; {kept}") from error
-    if any("failed" in row["why"] for row in results["pieces"]):
+    if any(map(has_failed, results["pieces"])):
         raise SystemExit(1)
 
 

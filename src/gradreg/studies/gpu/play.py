@@ -18,7 +18,6 @@ from gradreg.lab.comparison import folder as comparisons
 from gradreg.lab.comparison import report, run
 from gradreg.lab.comparison.arms import arm_of
 from gradreg.lab.comparison.plan import Plan, example
-from gradreg.lab.comparison.schedule import ComparisonSchedule
 from gradreg.lab.cost import own
 from gradreg.lab.cost.grid import verdict
 from gradreg.lab.cost.steps import captured, make_step
@@ -26,9 +25,8 @@ from gradreg.lab.data.places import standing_for
 from gradreg.lab.folder import BadInput
 from gradreg.lab.page import publish
 from gradreg.lab.processes import resolve
-from gradreg.lab.sweep.complete import check_complete
 from gradreg.lab.sweep.storage import Place
-from gradreg.lab.tasks import metric_of, trained
+from gradreg.lab.tasks import trained
 from gradreg.studies.gpu.plan import Grid, Piece, Steps, Tests, models
 
 Row = dict[str, Any]
@@ -85,6 +83,11 @@ def _tests(sitting: Sitting) -> Row:
     return {"status": done.returncode, "summary": lines[-1] if lines else "nothing was printed", "failed": failed[:20]}
 
 
+def has_failed(row: Row) -> bool:
+    """Whether a piece raised something, or one of its tests did (5: there is none)."""
+    return "failed" in row["why"] or (row["result"] or {}).get("status", 0) not in (0, 5)
+
+
 def _is_for_gpus(file: Path) -> bool:
     return "pytest.mark.gpu" in file.read_text(encoding="utf-8")
 
@@ -124,11 +127,10 @@ def _comparison(plan: Plan, name: str, sitting: Sitting) -> Row:
         place = Place("compare", folder.resolve())
         run.begin(known, folder, place, sitting.command, sitting.workers, said)
     else:
-        known, place, about = comparisons.find(folder, None)
+        known, place = run.known(folder)
         same = replace(known, base=replace(known.base, path=sitting.path, device=sitting.device), methods=plan.methods)
         if same != plan:
             raise BadInput(f"--resume must hold pieces of this version, and {name} is of another plan: take it away.")
-        check_complete(folder, place, ComparisonSchedule(known, metric_of(known.base)), about.get("command"))
     data = (known.base.path, sitting.path)
     workers = 1 if batched.is_worthwhile(plan.base) else sitting.workers  # one process stacks all runs
     with standing_for(*data):

@@ -18,10 +18,10 @@ import torch
 
 from gradreg.lab.about import provenance
 from gradreg.lab.comparison.plan import Plan
-from gradreg.lab.folder import BadInput, append_line, shown, write_json, write_text
+from gradreg.lab.folder import append_line, write_json, write_text
 from gradreg.lab.page import markdown, publish, tell
 from gradreg.lab.processes import resolve
-from gradreg.lab.records import read_record, sealed
+from gradreg.lab.records import read_record, resumed, sealed
 from gradreg.studies.gpu.page import page, told
 from gradreg.studies.gpu.plan import PIECES, Piece, Steps, pieces
 from gradreg.studies.gpu.play import NotHere, Sitting, play, so_far
@@ -41,14 +41,7 @@ def is_quick(folder: Path) -> bool:
     Raises:
         BadInput: it is another's.
     """
-    try:
-        about = read_record(folder / "config.json")
-        if about.get("kind") != KIND:
-            raise ValueError("is not one of gradreg gpu")
-        return bool(about["is_quick"])
-    except (OSError, ValueError, KeyError) as error:
-        why = getattr(error, "strerror", None) or f"its config.json {error}"
-        raise BadInput(f"--resume must be a folder of gradreg gpu, got {shown(folder)}: {why}.") from None
+    return bool(resumed(folder, KIND)["is_quick"])
 
 
 def needs_data(names: Sequence[str], is_quick: bool) -> bool:

@@ -13,7 +13,6 @@ from typing import Any
 from gradreg.lab.about import provenance
 from gradreg.lab.comparison import report
 from gradreg.lab.comparison import run as comparison
-from gradreg.lab.comparison.folder import find as find_comparison
 from gradreg.lab.comparison.plan import Plan as ComparisonPlan
 from gradreg.lab.comparison.schedule import weights_name
 from gradreg.lab.config import RunConfig
@@ -70,9 +69,8 @@ def run_images(plan: Plan, folder: Path, write: Path | None = None) -> Row:
 
 def _play(plan: Plan, piece: Piece, folder: Path) -> None:
     own = plan.of(piece)
-    place = Place("compare", folder.resolve())
     if (folder / "config.json").exists():
-        known, place, _ = find_comparison(folder, None)
+        known, place = comparison.known(folder)
         if known != own:
             raise Hopeless(
                 f"{piece.name} must be that of this version, got another plan in {shown(folder)}: begin anew."
@@ -80,6 +78,7 @@ def _play(plan: Plan, piece: Piece, folder: Path) -> None:
     else:
         comparison.check(own)
         folder.mkdir(exist_ok=True)
+        place = Place("compare", folder.resolve())
         comparison.begin(own, folder, place, _command(plan, [piece.name]), plan.workers, ())
     results = comparison.carry_out(own, folder, place, plan.workers)
     publish(report.page(results), folder)
