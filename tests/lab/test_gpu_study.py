@@ -216,9 +216,7 @@ def test_a_full_disk_ends_it_and_says_what_is_kept(quick, tmp_path, monkeypatch,
     monkeypatch.setattr(play, "_steps", full)
     assert quick("--only", "eager", "few") == 1
     err = capsys.readouterr().err.splitlines()[-1]
-    assert err.startswith(
-        "gradreg: No space left on device; finished runs are kept; go on with: gradreg gpu"
-    )
+    assert err.startswith("gradreg: No space left on device; finished runs are kept; go on with: gradreg gpu")
     assert state(tmp_path)["few"] == ""
 
 
