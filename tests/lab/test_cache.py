@@ -9,6 +9,7 @@ import torch
 
 from gradreg.lab import data
 from gradreg.lab.config import RunConfig
+from gradreg.lab.data import text
 from gradreg.lab.data.cache import cache_folder, kept
 
 TENSORS = {"x": torch.linspace(0, 1, 12).reshape(4, 3), "y": torch.arange(4)}
@@ -125,3 +126,18 @@ def test_a_run_keeps_its_data(folder):
     data._mnist1d.cache_clear()
     data.load(RunConfig(data="mnist1d"))
     assert [path.name.split("-")[0] for path in folder.iterdir()] == ["mnist1d"]
+
+
+def test_the_generated_text_is_the_same_from_the_file(folder, monkeypatch):
+    text.make.cache_clear()
+    fresh = text.make(50)
+    text.make.cache_clear()
+    monkeypatch.setattr(text, "rows", lambda *_: pytest.fail("it was generated again"))
+    again = text.make(50)
+    for part in ("train", "validation", "test"):
+        assert torch.equal(getattr(fresh, part).x, getattr(again, part).x)
+        assert torch.equal(getattr(fresh, part).y, getattr(again, part).y)
+    text.make.cache_clear()
+    with pytest.raises(pytest.fail.Exception):
+        text.make(51)  # other rows are another file
+    text.make.cache_clear()

@@ -17,7 +17,9 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
+from gradreg.lab.data.cache import kept
 from gradreg.lab.data.parts import Part, Split
 
 LENGTH = 64
@@ -39,7 +41,14 @@ Choose = Callable[[Sequence[str]], str]
 def make(num_train: int) -> Split:
     """`num_train` training rows, 500 to choose and 1,000 to test; more training rows contain the fewer."""
     sizes = {"train": num_train, "validation": 500, "test": 1000}
-    train, validation, test = (_part([row for row, _ in rows(name, sizes[name])]) for name in sizes)
+    settings = {"sizes": sizes, "seeds": _SEEDS, "length": LENGTH, "words": [ADJECTIVES, NOUNS, VERBS, _JOINT]}
+
+    def generate() -> dict[str, Tensor]:
+        parts = {name: _part([row for row, _ in rows(name, sizes[name])]) for name in sizes}
+        return {f"{name}.{key}": getattr(part, key) for name, part in parts.items() for key in ("x", "y")}
+
+    found = kept("text", settings, generate)
+    train, validation, test = (Part(found[f"{name}.x"], found[f"{name}.y"]) for name in sizes)
     return Split(train, validation, test, len(_ALPHABET))
 
 
