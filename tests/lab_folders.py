@@ -33,7 +33,8 @@ def configs(methods, seeds, base=BASE):
 
 def result(config, part="validation", gain=1.0):
     """F-GR gains with a large ε and a middling γ; B-GR with a small one; what is too strong diverges."""
-    noise = random.Random(f"{config.seed}").gauss(0, 0.006) + random.Random(f"{config}{part}").gauss(0, 0.004)
+    own = f"{config.method} {config.settings} {config.learning_rate} {config.seed} {part}"  # whatever fields there are
+    noise = random.Random(f"{config.seed}").gauss(0, 0.006) + random.Random(own).gauss(0, 0.004)
     lift = -0.02 * abs(math.log(config.learning_rate / 0.1))
     if config.gamma is not None:
         lift += 0.04 - 0.02 * math.log(config.gamma / 0.1) ** 2 / 2

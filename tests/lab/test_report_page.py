@@ -207,6 +207,15 @@ def test_the_heat_map_has_every_cell_and_names_the_edge(study):
     assert grid_of(study, "SGD") is None
 
 
+def test_a_method_of_ones_own_has_a_map_of_what_it_was_given(folder, tmp_path):
+    rows = [{**r, "method": "bounded" if r["method"] == "F-GR" else r["method"]} for r in lines(folder)]
+    grid, same = grid_of(reread(folder, rows, tmp_path), "bounded"), grid_of(read(folder)[0], "F-GR")
+    assert {at: cell.mean for at, cell in grid.cells.items()} == {at: cell.mean for at, cell in same.cells.items()}
+    (tmp_path / "three").mkdir()
+    three = [{**r, "rho": 0.1} for r in rows]
+    assert grid_of(reread(folder, three, tmp_path / "three"), "bounded") is None  # three settings are no plane
+
+
 def test_cells_that_were_not_run_are_dashed(folder, tmp_path):
     kept = [r for r in lines(folder) if not (r["method"] == "F-GR" and r["gamma"] > 0.15 and r["epsilon"] > 0.5)]
     grid = grid_of(reread(folder, kept, tmp_path), "F-GR")

@@ -10,6 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from gradreg.lab.config import SETTINGS
 from gradreg.lab.methods import METHODS
 from gradreg.lab.metric import ACCURACY, Metric
 from gradreg.lab.page import inline
@@ -103,11 +104,11 @@ def scale_of(means: Sequence[float], sgd: float, metric: Metric = ACCURACY) -> S
 
 def grid_of(study: Study, method: str) -> Grid | None:
     """The heat map of a method: each cell the best mean over whatever else varies; None without settings."""
-    needs = _mapped(study, method)
+    needs = settings_of_map(study, method)
     if not needs:
         return None
     row_name, column_name = (needs[0], needs[1]) if len(needs) == 2 else ("", needs[0])
-    alike = [m for m in study.methods if _mapped(study, m) == needs]
+    alike = [m for m in study.methods if settings_of_map(study, m) == needs]
     rows, columns = _values(study, alike, row_name), _values(study, alike, column_name)
     found: dict[tuple[int, int], Point] = {}
     for point in study.points:
@@ -122,12 +123,15 @@ def grid_of(study: Study, method: str) -> Grid | None:
     return Grid(method, words(row_name), words(column_name), rows, columns, cells, best, study.metric)
 
 
-def _mapped(study: Study, method: str) -> tuple[str, ...]:
-    """The settings of its map: those that it needs, with the ratio in the place of γ where γ followed it."""
-    if method not in METHODS:
-        return ()
+def settings_of_map(study: Study, method: str) -> tuple[str, ...]:
+    """The settings of its map: those that it needs, with the ratio in the place of γ where γ followed it; of a method
+    of the user's those that it was given, if there are one or two.
+    """
     mine = [point.config for point in study.points if point.method == method]
-    given = {name: sum(config.get(name) is not None for config in mine) for name in ("gamma", "ratio")}
+    given = {name: sum(config.get(name) is not None for config in mine) for name in SETTINGS}
+    if method not in METHODS:
+        found = tuple(name for name in SETTINGS if given[name])
+        return found if len(found) <= 2 else ()
     follows = METHODS[method].follows_ratio and given["ratio"] > given["gamma"]
     return tuple("ratio" if follows and name == "gamma" else name for name in METHODS[method].needs)
 

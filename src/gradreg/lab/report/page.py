@@ -22,7 +22,7 @@ from gradreg.lab.folder import BadInput
 from gradreg.lab.methods import METHODS
 from gradreg.lab.metric import Metric
 from gradreg.lab.page import render, source
-from gradreg.lab.report.figures import cost_drawing, costs_of, curve_figures, heat_maps
+from gradreg.lab.report.figures import cost_drawing, costs_of, curve_figures, heat_maps, settings_of_map
 from gradreg.lab.report.folders import read
 from gradreg.lab.report.snippets import as_python, as_yaml, configuration, train_command
 from gradreg.lab.report.studies import Point, Run, Source, Study, number, text
@@ -134,7 +134,7 @@ def _section(study: Study, prefix: str) -> dict[str, Any]:
 
 
 def _rest(study: Study) -> str:
-    mapped = [point for point in study.points if point.method in METHODS and METHODS[point.method].needs]
+    mapped = [point for point in study.points if settings_of_map(study, point.method)]
     names = [name for name in study.columns if name not in SETTINGS]
     varied = [words(n) for n in names if len({json.dumps(point.config.get(n)) for point in mapped}) > 1]
     return listed(varied) if varied else ""
