@@ -12,6 +12,7 @@ from gradreg.lab import stats
 from gradreg.lab.cost.steps import step_costs
 from gradreg.lab.folder import BadInput, new_folder, write_json
 from gradreg.lab.page import html, tell
+from gradreg.studies import runs
 from gradreg.studies.demo import run as demo
 from gradreg.studies.demo.report import page, told
 from gradreg.studies.demo.run import Plan, run_demo, sentence
@@ -150,8 +151,8 @@ def test_an_interrupted_demo_keeps_what_finished(tmp_path, monkeypatch):
         yield from real([jobs[0]], workers)
         raise KeyboardInterrupt
 
-    real = demo.run_all
-    monkeypatch.setattr(demo, "run_all", run_all)
+    real = runs.run_all
+    monkeypatch.setattr(runs, "run_all", run_all)
     with pytest.raises(KeyboardInterrupt):
         run_demo(TOY, tmp_path, workers=1)
     assert len((tmp_path / "runs.jsonl").read_text(encoding="utf-8").splitlines()) == 1

@@ -5,7 +5,7 @@ import pytest
 
 from gradreg.lab.commands import LAST_SEED
 from gradreg.lab.runs import Result
-from gradreg.studies.demo import tune as tuning
+from gradreg.studies import runs
 from gradreg.studies.demo.tasks import TASKS
 from gradreg.studies.demo.tune import FACTOR, FIRST_SEED, GRIDS, SHIPPED, START, around, of_method, of_sgd, tune
 
@@ -55,7 +55,7 @@ def landscape(monkeypatch):
             bonus = 0.1 if config.settings in ({"gamma": 0.2}, {"rho": 0.4}) else 0.0
             yield k, Result(0.8 - distance + bonus, 0.0, 0.0, [], False, 0.0)
 
-    monkeypatch.setattr(tuning, "run_all", run_all)
+    monkeypatch.setattr(runs, "run_all", run_all)
     return asked
 
 

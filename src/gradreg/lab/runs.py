@@ -181,4 +181,5 @@ def record(job: Job, result: Result) -> dict[str, Any]:
     """A line of runs.jsonl."""
     measured = {name: value for name, value in asdict(result).items() if value not in (None, "")}
     score = {"accuracy" if job.config.file is None else "score": measured.pop("score")}
-    return {**asdict(job.config), "task": job.config.task, "scored_on": job.scored_on, **score, **measured}
+    own = {name: value for name in ("average", "carries") if (value := getattr(job, name))}
+    return {**asdict(job.config), "task": job.config.task, "scored_on": job.scored_on, **own, **score, **measured}

@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gradreg.lab import stats
 from gradreg.lab.config import RunConfig, configure
-from gradreg.lab.folder import append_line
-from gradreg.lab.player import run_all
 from gradreg.lab.progress import progress_bar
-from gradreg.lab.runs import Job, Result, record
+from gradreg.lab.runs import Job
 from gradreg.lab.tables import Table
 from gradreg.lab.words import plus_minus
 from gradreg.studies.claims.claim import Above, Claim, Measured, Plan, Subclaim
 from gradreg.studies.claims.figures import epsilon_figure
 from gradreg.studies.demo.tasks import TASKS
 from gradreg.studies.demo.tune import FIRST_SEED, SHIPPED
+from gradreg.studies.runs import Runs
 
 METHODS = ("F-GR", "DB", "B-GR")
 LABELS = {
@@ -143,18 +141,13 @@ def play(
     """Every configuration with every seed on a few processes, none twice; each run is kept as a line of runs.jsonl."""
     configs = list(dict.fromkeys(configs))
     jobs = [Job(replace(config, seed=seed), rows, num_records=0) for seed in seeds for config in configs]
-    found: dict[int, Result] = {}
-    with progress_bar() as progress, closing(run_all(jobs, plan.workers)) as results:
-        progress(f"(b) {rows}", 0, len(jobs))
-        for k, result in results:
-            append_line(folder / "runs.jsonl", record(jobs[k], result))
-            found[k] = result
-            progress(f"(b) {rows}", len(found), len(jobs))
-    scores = {}
-    for k, config in enumerate(configs):
-        of_seeds = [found[s * len(configs) + k] for s in range(len(seeds))]
-        scores[config] = Scores([r.score for r in of_seeds], sum(r.diverged for r in of_seeds))
-    return scores
+    with progress_bar() as progress:
+        found = Runs(folder / "runs.jsonl", plan.workers, progress).play(f"(b) {rows}", jobs)
+    by_config = {config: found[k :: len(configs)] for k, config in enumerate(configs)}
+    return {
+        config: Scores([row["accuracy"] for row in of_seeds], sum(row["diverged"] for row in of_seeds))
+        for config, of_seeds in by_config.items()
+    }
 
 
 def _final(task: Task, choice: Choice, size: Size) -> dict[str, RunConfig]:

@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,16 @@ from gradreg.lab import stats
 from gradreg.lab.about import provenance
 from gradreg.lab.config import RunConfig, configure
 from gradreg.lab.cost.steps import step_costs
-from gradreg.lab.folder import append_line, write_json
+from gradreg.lab.folder import write_json
 from gradreg.lab.methods import METHODS
 from gradreg.lab.page import publish, tell
-from gradreg.lab.player import run_all
 from gradreg.lab.progress import progress_bar
-from gradreg.lab.runs import Job, record
+from gradreg.lab.runs import Job
 from gradreg.lab.words import sentence
 from gradreg.studies.demo.report import page, told
 from gradreg.studies.demo.tasks import TASKS
 from gradreg.studies.demo.tune import GRIDS, SHIPPED
+from gradreg.studies.runs import Runs
 
 DEFAULT_SEEDS = 6
 QUICK_SEEDS = 3
@@ -67,16 +66,10 @@ def run_demo(plan: Plan, folder: Path, workers: int) -> Row:
         for task in plan.tasks
         for method, h in chosen[task.task].items()
     ]
-    runs: list[Row] = []
     with progress_bar() as progress:
         progress("cost of a step", 0, len(jobs))
         costs = _costs(plan.tasks, chosen)
-        progress("training", 0, len(jobs))
-        with closing(run_all(jobs, workers)) as results:
-            for k, result in results:
-                runs.append(record(jobs[k], result))
-                append_line(folder / "runs.jsonl", runs[-1])
-                progress("training", len(runs), len(jobs))
+        runs = Runs(folder / "runs.jsonl", workers, progress).play("training", jobs)
 
     results = {
         **about,

@@ -18,8 +18,7 @@ and more for SGD, which is thus tuned at least as long. A method keeps its best 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
@@ -27,10 +26,10 @@ from typing import Any
 
 from gradreg.lab.about import provenance
 from gradreg.lab.config import RunConfig, configure
-from gradreg.lab.folder import append_line, write_json
-from gradreg.lab.player import run_all
-from gradreg.lab.runs import Job, record
+from gradreg.lab.folder import write_json
+from gradreg.lab.runs import Job
 from gradreg.lab.search import Climb, Point, rounded
+from gradreg.studies.runs import Runs
 
 FIRST_SEED = 1_000_000  # the demo's seeds lie below
 FACTOR = 3.0
@@ -67,35 +66,21 @@ def tune(
     """Run the four rounds, keep every run in trials.jsonl and the choice in demo.json; return the choice."""
     started = time.perf_counter()
     by_name = {task.task: task for task in tasks}
+    runs = Runs(folder / "trials.jsonl", workers, progress)
 
-    def search(label: str, searches: Mapping[Key, Climb]) -> None:
-        """Rounds of all at once, so that no worker waits for the last run of one."""
-        round_ = 0
-        while asked := [(key, point) for key, found in searches.items() for point in found.ask()]:
-            round_ += 1
-            jobs = [
-                Job(configure(by_name[task], method, _chosen(point), seed), "validation", num_records=0)
-                for (task, method), point in asked
-                for seed in seeds
-            ]
-            accuracies = [0.0] * len(jobs)
-            with closing(run_all(jobs, workers)) as results:
-                for done, (k, result) in enumerate(results, 1):
-                    append_line(folder / "trials.jsonl", record(jobs[k], result))
-                    accuracies[k] = result.score
-                    progress(f"{label}, round {round_}", done, len(jobs))
-            for k, (key, point) in enumerate(asked):
-                searches[key].tell(point, accuracies[k * len(seeds) : (k + 1) * len(seeds)])
+    def job(key: Key, point: Point, seed: int) -> Job:
+        task, method = key
+        return Job(configure(by_name[task], method, _chosen(point), seed), "validation", num_records=0)
 
     plain = {(task, "SGD"): of_sgd() for task in by_name}
-    search("SGD", plain)
+    runs.search("SGD", plain, job, seeds)
     others = {
         (task, method): of_method(method, plain[task, "SGD"].best)
         for task in by_name
         for method in GRIDS
         if method != "SGD"
     }
-    search("other methods", others)
+    runs.search("other methods", others, job, seeds)
     found = {**plain, **others}
     choice = {
         **provenance(f"gradreg tune --seed {seeds[0] - FIRST_SEED} --seeds {len(seeds)}", workers, threads=1),

@@ -15,13 +15,15 @@ from gradreg.lab.about import provenance
 from gradreg.lab.config import RunConfig
 from gradreg.lab.folder import write_json
 from gradreg.lab.page import publish, tell
+from gradreg.lab.player import play
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.runs import Job
 from gradreg.studies.frontier import cost, mechanism
 from gradreg.studies.frontier.modes import ABOUT_TASKS, FULL, MODES, PLAIN, TASKS, Candidate, Mode, job
 from gradreg.studies.frontier.page import page, told
 from gradreg.studies.frontier.summary import goals, task_row
-from gradreg.studies.frontier.tune import play_rows, shipped
+from gradreg.studies.frontier.tune import shipped
+from gradreg.studies.runs import Runs
 
 DEFAULT_SEEDS, QUICK_SEEDS = 16, 6
 QUICK_TASKS = ("tiny noisy data", "small noisy data")
@@ -105,7 +107,7 @@ def _runs(
                 probes = 8 if k < 4 else 0
                 keys.append((name, mode.name))
                 jobs.append(replace(job(task, mode, choices[name][mode.name], seed, "test"), num_probes=probes))
-    rows = play_rows(jobs, plan.workers, folder / "runs.jsonl", "training", progress)
+    rows = Runs(folder / "runs.jsonl", plan.workers, progress, play).play("training", jobs)
     found: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for (name, mode), row in zip(keys, rows):
         found[name][mode].append(row)

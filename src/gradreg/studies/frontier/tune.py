@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
@@ -26,12 +25,13 @@ from typing import Any
 
 from gradreg.lab.about import provenance
 from gradreg.lab.config import RunConfig
-from gradreg.lab.folder import append_line, write_json
+from gradreg.lab.folder import write_json
 from gradreg.lab.player import play
-from gradreg.lab.runs import Job, record
+from gradreg.lab.runs import Job
 from gradreg.lab.search import Climb, Point, rounded, shrinking
 from gradreg.studies.demo.tune import FIRST_SEED
 from gradreg.studies.frontier.modes import FULL, PLAIN, Candidate, Mode, job
+from gradreg.studies.runs import Runs
 
 CANDIDATES, SEEDS = 18, 2
 FINALISTS, FINAL_SEEDS = 3, 4
@@ -87,24 +87,16 @@ def tune(
     first = FIRST_SEED + seed
     searches = {(task, PLAIN.name): search_of(PLAIN, START, CANDIDATES) for task in tasks}
 
-    def run_round(label: str, asked: Mapping[Key, Sequence[Point]], seeds: Sequence[int]) -> None:
-        entries = [(key, point) for key, row in asked.items() for point in row]
-        jobs = [
-            job(tasks[task], modes[mode], candidate(point), seed, "validation")
-            for (task, mode), point in entries
-            for seed in seeds
-        ]
-        scores = play_all(jobs, workers, folder / "trials.jsonl", label, progress)
-        for k, (key, point) in enumerate(entries):
-            searches[key].tell(point, scores[k * len(seeds) : (k + 1) * len(seeds)])
+    runs = Runs(folder / "trials.jsonl", workers, progress, play)
+
+    def job_of(key: Key, point: Point, seed: int) -> Job:
+        return job(tasks[key[0]], modes[key[1]], candidate(point), seed, "validation")
 
     def climb(label: str, keys: Iterable[Key]) -> None:
-        keys, round_ = list(keys), 1
-        while asked := {key: row for key in keys if (row := searches[key].ask())}:
-            run_round(f"{label}, round {round_}", asked, range(first, first + SEEDS))
-            round_ += 1
-        finals = {key: searches[key].finalists(FINALISTS) for key in keys}
-        run_round(f"{label}, final", finals, range(first + SEEDS, first + SEEDS + FINAL_SEEDS))
+        mine = {key: searches[key] for key in keys}
+        runs.search(label, mine, job_of, range(first, first + SEEDS))
+        finals = {key: search.finalists(FINALISTS) for key, search in mine.items()}
+        runs.tell(f"{label}, final", mine, finals, job_of, range(first + SEEDS, first + SEEDS + FINAL_SEEDS))
 
     climb("plain", list(searches))
     for task in tasks:
@@ -131,22 +123,6 @@ def starts(mode: Mode, plain: Candidate) -> list[Candidate]:
     rate = rounded(plain.learning_rate * (mode.rate or 1.0))
     decays = (plain.weight_decay, rounded(plain.weight_decay / DECAY))
     return [Candidate(rate, decay, settings) for decay in decays for settings in mode.start]
-
-
-def play_all(jobs: Sequence[Job], workers: int, lines: Path, label: str, progress: Progress) -> list[float]:
-    """The accuracy of each run; every run is kept as a line."""
-    return [row["accuracy"] for row in play_rows(jobs, workers, lines, label, progress)]
-
-
-def play_rows(jobs: Sequence[Job], workers: int, lines: Path, label: str, progress: Progress) -> list[dict[str, Any]]:
-    """Runs in stacks; what `runs.record` says of each."""
-    rows: list[dict[str, Any]] = [{}] * len(jobs)
-    with closing(play(jobs, workers)) as results:
-        for done, (k, result) in enumerate(results, 1):
-            rows[k] = {**record(jobs[k], result), "average": jobs[k].average, "carries": jobs[k].carries}
-            append_line(lines, rows[k])
-            progress(label, done, len(jobs))
-    return rows
 
 
 def shipped() -> dict[str, dict[str, Candidate]]:
