@@ -51,16 +51,16 @@ ARMS: dict[str, Arm] = {
         NONE,
         Arm("KL", "KL divergence to the start, times β in the loss", "β", (0.03, 0.1, 0.3, 1.0, 3.0)),
         Arm("χ²", "χ² divergence from the start, times β in the loss", "β", (0.003, 0.01, 0.03, 0.1, 0.3)),
-        Arm("GR by ratio", "F-GR on the blocks, γ by its ratio", "ratio", (0.3, 1.0, 3.0, 10.0, 30.0)),
+        Arm("GR by ratio", "F-GR on the blocks, γ by its ratio", "ratio", (1.0, 3.0, 10.0, 30.0, 100.0)),
         Arm(
             "GR as published",
             "F-GR on the blocks, both gradients clipped to 10 first, γ/ε = 10",
             "γ",
-            (1e-3, 1e-2, 3e-2, 0.1, 0.3),
+            (1e-3, 1e-2, 0.1, 0.3, 1.0),
         ),
         Arm("clipping", "gradient norm clipped", "norm", (1.0, 0.5, 0.2, 0.1, 0.05)),
-        Arm("smaller rate", "learning rate, over that of the others", "times", (0.5, 0.3, 0.1, 0.05, 0.02)),
-        Arm("early stop", "until the verifier pays so much on average", "pay", (1.1, 1.0, 0.9, 0.8, 0.7)),
+        Arm("smaller rate", "learning rate, over that of the others", "times", (0.3, 0.1, 0.05, 0.02, 0.01)),
+        Arm("early stop", "until the verifier pays so much on average", "pay", (0.9, 0.7, 0.6, 0.5, 0.4)),
     )
 }
 
