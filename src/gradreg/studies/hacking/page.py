@@ -60,16 +60,17 @@ def _tried(row: Row) -> str:
 
 
 def verdict(game: Row) -> str:
-    """What the verdicts say."""
+    """What the verdicts say, and when the hack begins."""
     parts = []
     for said, words in ((BETTER, "better than none"), (UNDECIDED, "no difference to none shown"), (WORSE, "worse")):
         names = [f"{r['name']} ({percent(r['true'])} %)" for r in game["arms"][1:] if r["verdict"] == said]
         parts += [f"{words}: {', '.join(names)}"] if names else []
-    return (
-        f"In the game where {game['game']}, none ends at {percent(game['arms'][0]['true'])} %. "
-        + "; ".join([parts[0][0].upper() + parts[0][1:], *parts[1:]])
-        + "."
-    )
+    by_name = {row["name"]: row for row in game["arms"]}
+    begins, none = by_name["none"]["curve"][0]["true"]["mean"], by_name["none"]
+    ends = f"none begins with {100 * begins:.1f} % honest answers and ends with {percent(none['true'])} %"
+    apart = " and ".join(f"{parted(by_name[name])} with {name}" for name in ("none", "GR by ratio"))
+    found = "; ".join([parts[0][0].upper() + parts[0][1:], *parts[1:]])
+    return f"Where {game['game']}, {ends}. {found}. True and proxy reward part at step {apart}."
 
 
 def notes(results: Row) -> list[str]:
