@@ -52,9 +52,10 @@ def explain_kept_graph(error: BaseException | None) -> None:
     """
     if isinstance(error, RuntimeError) and "backward through the graph a second time" in str(error):
         raise RuntimeError(
-            "a pass used a tensor whose graph belongs to the pass before, which is over: it is kept between calls of "
-            "the model or the loss (a cache of keys and values, torch.nn.utils.parametrize.cached(), a hidden state). "
-            "Make it anew in each call, or detach it."
+            "a pass used a tensor whose graph belongs to the pass before, which is over: the loss was computed outside "
+            "of its function, which only handed it over, or something is kept between calls of the model or the loss "
+            "(a cache of keys and values, torch.nn.utils.parametrize.cached(), a hidden state). Make it anew in each "
+            "call, or detach it."
         ) from error
 
 

@@ -33,6 +33,7 @@ from gradreg.training.schedule import (
     Strength,
     check,
     name_of,
+    strength_of,
 )
 from gradreg.training.selection import Rules, Selection
 from gradreg.training.shards import refuse_flattened, reshard, sharded
@@ -353,17 +354,20 @@ class GradientRegularizer:
         return self._carried.read()
 
     def measurements(self) -> dict[str, float]:
-        """The same as plain numbers, in one call for a log; `realized` is cosine times norm. Waits for an accelerator.
+        """The same as plain numbers, in one call for a log; `realized` is cosine times norm, and `gamma`, γ of the last
+        step, is always there. What was not measured yet, as with γ = 0, is NaN. Waits for an accelerator.
 
         Example:
             >>> model = nn.Linear(2, 1)
             >>> regularizer = GradientRegularizer(model, gamma=0.1, epsilon=0.1)
             >>> loss = regularizer.backward(lambda: model(torch.ones(4, 2)).square().mean())
             >>> sorted(regularizer.measurements())
-            ['active_steps', 'cosine', 'grad_norm', 'penalty_ratio', 'realized', 'skipped_steps']
+            ['active_steps', 'cosine', 'gamma', 'grad_norm', 'penalty_ratio', 'realized', 'skipped_steps']
         """
         found: dict[str, Any] = self.diagnostics()
         found["realized"] = found["realized"].cosine * found["realized"].norm
+        if "gamma" not in found:
+            found["gamma"] = strength_of(self.gamma, max(self.step - 1, 0))
         return {name: float(value) for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:

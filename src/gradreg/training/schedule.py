@@ -242,10 +242,15 @@ def _check_value(name: str, value: float, when: str) -> float:
     return number
 
 
+def strength_of(gamma: Schedule, step: int) -> float:
+    """γ at a step, checked."""
+    return _check_value("gamma", gamma(step) if callable(gamma) else gamma, f" at step {step}")
+
+
 def strength_at(gamma: Schedule, epsilon: Schedule, step: int) -> Strength | None:
     """γ and ε at a step, checked; None where γ is 0, so that no second pass runs."""
     when = f" at step {step}"
-    strength = _check_value("gamma", gamma(step) if callable(gamma) else gamma, when)
+    strength = strength_of(gamma, step)
     if strength == 0:
         return None
     radius = _check_value("epsilon", epsilon(step) if callable(epsilon) else epsilon, when)
