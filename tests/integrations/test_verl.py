@@ -71,13 +71,14 @@ class Host(PlatformBase):
 set_platform(Host())
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from gradreg.integrations.verl import RegularizedEngineConfig, RegularizedFSDPEngine
     from verl.utils import tensordict_utils as tu
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.config import FSDPEngineConfig, HFModelConfig
     from verl.workers.engine import EngineRegistry
     from verl.workers.engine.fsdp import FSDPEngineWithLMHead
     from verl.workers.utils.losses import ppo_loss
+
+    from gradreg.integrations.verl import RegularizedEngineConfig, RegularizedFSDPEngine
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 GAMMA, EPSILON, VOCABULARY = 0.3, 0.1, 31
@@ -109,7 +110,11 @@ def save(folder, **options):
 def settings(target=TARGET, strategy="fsdp2", **fields):
     """The actor's config as a command line makes it."""
     actor = "actor_rollout_ref.actor"
-    lines = [f"{actor}.strategy={strategy}", f"{actor}.use_dynamic_bsz=False", f"{actor}.ppo_micro_batch_size_per_gpu=2"]
+    lines = [
+        f"{actor}.strategy={strategy}",
+        f"{actor}.use_dynamic_bsz=False",
+        f"{actor}.ppo_micro_batch_size_per_gpu=2",
+    ]
     lines += [f"{actor}.optim.lr=0.1", f"{actor}.optim.optimizer=SGD", f"{actor}.optim.clip_grad=0.5"]
     lines += [f"{actor}.optim.total_training_steps=100", f"{actor}.entropy_coeff=0.01"]
     lines += [f"{actor}.checkpoint.load_contents=[model,optimizer]"]  # random state: verl asks accelerators alone
@@ -124,7 +129,7 @@ def settings(target=TARGET, strategy="fsdp2", **fields):
 
 
 def engine_of(path, config, cls=RegularizedFSDPEngine, **model):
-    override = {"attn_implementation": "eager"}
+    override = {"attn_implementation": "sdpa" if model.get("use_remove_padding") else "eager"}
     common = {"load_tokenizer": False, "use_remove_padding": False, "enable_gradient_checkpointing": False}
     engine = cls(
         HFModelConfig(path=path, override_config=override, **common | model),
@@ -168,12 +173,14 @@ def batch_of(rollouts):
     return tu.get_tensordict(nested, plain | {"micro_batch_size_per_gpu": 2, "global_batch_size": 4})
 
 
-def train(engine, config, of_rollouts, loss_function=None):
+def train(engine, config, of_rollouts, loss_function=None, **data):
     outputs = []
     for k, rollouts in enumerate(of_rollouts):
         torch.manual_seed(k)
+        batch = batch_of(rollouts)
+        tu.assign_non_tensor(batch, **data)
         with engine.train_mode():
-            outputs.append(engine.train_batch(batch_of(rollouts), loss_function or functools.partial(ppo_loss, config)))
+            outputs.append(engine.train_batch(batch, loss_function or functools.partial(ppo_loss, config)))
     return outputs
 
 
@@ -225,23 +232,38 @@ def number(x):
     return x[0] if isinstance(x, list) else x
 
 
-def assert_same(ours, theirs, rtol=1e-4, atol=1e-5):
+def assert_same(ours, theirs, rtol=1e-5, atol=1e-6):
     assert list(ours) == list(theirs)
     torch.testing.assert_close(list(ours.values()), list(theirs.values()), rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize(("gamma", "defers"), [(GAMMA, True), (GAMMA, False), (EPSILON, False)])
-def test_mini_batches_equal_a_loop_by_hand(path, gamma, defers):
-    config = settings(gamma=gamma, use_no_sync_for_gradient_accumulation=defers)
-    engine = engine_of(path, config)
-    *_, output = train(engine, config, mini_batches())
+@pytest.mark.parametrize(
+    ("fields", "data", "model"),
+    [
+        ({}, {}, {}),
+        ({"gamma": EPSILON}, {}, {}),
+        ({"use_no_sync_for_gradient_accumulation": True}, {}, {}),
+        ({"param_offload": True, "optimizer_offload": True}, {}, {}),
+        ({}, {"use_dynamic_bsz": True, "max_token_len_per_gpu": 14}, {}),
+        ({}, {}, {"enable_gradient_checkpointing": True}),
+        ({}, {"use_remove_padding": True}, {"use_remove_padding": True}),  # packed: by sdpa, as the host can
+    ],
+    ids=["plain", "gamma is epsilon", "deferred sync", "offload", "dynamic batches", "checkpointing", "packed"],
+)
+def test_mini_batches_equal_a_loop_by_hand(path, fields, data, model):
+    config = settings(**fields)
+    engine = engine_of(path, config, **model)
+    *_, output = train(engine, config, mini_batches(), **data)
+    gamma = fields.get("gamma", GAMMA)
     expected, last = by_hand(path, mini_batches(), gamma=gamma)
     assert_same(weights_of(engine), expected)
-    assert not torch.allclose(expected["lm_head.weight"], by_hand(path, mini_batches(), gamma=0.0)[0]["lm_head.weight"])
+    plain, _ = by_hand(path, mini_batches(), gamma=0.0)
+    assert not torch.allclose(expected["lm_head.weight"], plain["lm_head.weight"], rtol=1e-2, atol=1e-3)
     for name, value in last.items():
-        assert number(output["metrics"][name]) == pytest.approx(value, rel=2e-3)
+        assert number(output["metrics"][name]) == pytest.approx(value, rel=1e-4)
     assert output["metrics"]["gradreg/skipped_steps"] == [0]
     assert (engine.regularizer.step, len(output["loss"])) == (3, 2)
+    assert engine.regularizer._engine.displacement.memory == []  # for the rollout
 
 
 def test_embeddings_and_head_are_spared_unless_told_otherwise(path):
@@ -298,9 +320,17 @@ def by_hand_in_the_engine(engine, config, of_rollouts):
     return weights_of(engine)
 
 
-@pytest.mark.parametrize(("options", "model"), [({"attention_dropout": 0.2}, {}), ({}, {"lora_rank": 2})])
-def test_dropout_and_adapters(tmp_path, options, model):
-    folder, config, plain = save(str(tmp_path), **options), settings(), settings(target=None)
+@pytest.mark.parametrize(
+    ("options", "fields", "model"),
+    [
+        ({"attention_dropout": 0.2}, {}, {}),
+        ({}, {}, {"lora_rank": 2}),
+        ({}, {"mixed_precision": "null"}, {}),
+    ],
+    ids=["dropout", "adapters", "bf16"],
+)
+def test_it_equals_displacing_verls_own_engine_by_hand(tmp_path, options, fields, model):
+    folder, config, plain = save(str(tmp_path), **options), settings(**fields), settings(target=None, **fields)
     torch.manual_seed(5)  # adapters are drawn
     ours = engine_of(folder, config, **model)
     torch.manual_seed(5)
@@ -347,6 +377,13 @@ def test_resume_is_exact(path, tmp_path):
     train(resumed, config, mini_batches(4)[2:])
     assert_same(weights_of(resumed), weights_of(straight), rtol=0, atol=0)
     assert resumed.regularizer.state_dict() == straight.regularizer.state_dict()
+
+
+def test_the_default_settings_of_sft():
+    lines = [f"engine._target_={TARGET}", "+engine.gamma=0.1", "+engine.exclude=[]", "engine.strategy=fsdp2"]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = omega_conf_to_dataclass(compose("sft_trainer_engine", overrides=lines).engine)
+    assert (type(config), config.gamma, config.exclude) == (RegularizedEngineConfig, 0.1, [])
 
 
 def test_a_loss_that_is_another_when_asked_again_is_refused(path):
@@ -406,10 +443,7 @@ def test_a_step_outside_of_train_batch_is_refused(path):
 )
 def test_refusals(path, fields, message):
     config = settings(**fields)
-    if "ulysses_sequence_parallel_size" in fields:
-        model = {"use_remove_padding": True}
-    else:
-        model = {}
+    model = {"use_remove_padding": True} if "ulysses_sequence_parallel_size" in fields else {}
     with pytest.raises(ValueError, match=message):
         engine_of(path, config, **model)
 
@@ -428,6 +462,17 @@ def test_the_registry_finds_what_refuses_too(path):
                 engine_of(path, config, found)
     with pytest.raises(ValueError, match="model_type=value_model is not supported"):
         engine_of(path, settings(), found, model_type="value_model")
+
+
+def test_an_engine_that_stands_there_already_is_not_passed_over():
+    with pytest.raises(RuntimeError, match=r"another package has registered .*VERL_USE_EXTERNAL_PLUGINS"):
+        gradreg.integrations.verl._register()
+
+
+def test_another_version_is_told_of(path, monkeypatch):
+    monkeypatch.setattr(gradreg.integrations.verl, "version", "0.10.0")
+    with pytest.warns(UserWarning, match=r"tested with verl 0\.9, and not with 0\.10\.0"):
+        engine_of(path, settings())
 
 
 def test_bad_numbers_are_refused_where_the_config_is_made():
@@ -469,7 +514,7 @@ def test_two_ranks_equal_one_process(path, tmp_path):
     for *results, files in ranks.on_two_ranks(ranks.of_file, __file__, "on_one_rank", path, str(tmp_path / "step")):
         for weights, metrics in results:
             assert_same(weights, expected)
-            assert {name: metrics[name] for name in last} == pytest.approx(last, rel=2e-3)
+            assert {name: metrics[name] for name in last} == pytest.approx(last, rel=1e-4)
         assert files == [f"gradreg_world_size_2_rank_{rank}.json" for rank in (0, 1)]
 
 
@@ -509,5 +554,5 @@ def test_a_worker_of_verl_trains_with_it(path, monkeypatch):
     metrics = tu.get(output, "metrics")
     expected, last = by_hand(path, mini_batches())
     assert_same(weights_of(worker.engine), expected)
-    assert metrics["gradreg/penalty_ratio"][-1] == pytest.approx(last["gradreg/penalty_ratio"], rel=2e-3)
+    assert metrics["gradreg/penalty_ratio"][-1] == pytest.approx(last["gradreg/penalty_ratio"], rel=1e-4)
     assert len(metrics["gradreg/penalty_ratio"]) == 3

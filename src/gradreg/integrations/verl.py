@@ -31,7 +31,7 @@ import torch.distributed as dist
 from gradreg._install import how
 
 try:
-    import verl  # pyright: ignore[reportMissingImports]
+    from verl import __version__ as version  # pyright: ignore
     from verl.utils.device import get_device_name, get_vendor  # pyright: ignore[reportMissingImports]
     from verl.workers.config import FSDPEngineConfig  # pyright: ignore[reportMissingImports]
     from verl.workers.engine import EngineRegistry  # pyright: ignore[reportMissingImports]
@@ -101,6 +101,7 @@ class RegularizedEngine:
             spared = embeddings_and_head(engine.module)
             # The model's output is all logits of a micro-batch, too large to be kept; what is asked twice is the loss.
             self.regularizer = make_regularizer(engine.module, engine.engine_config, spared, replay_check=False)
+            self.regularizer._engine.displacement.keeps_room = False  # between steps the memory is the rollout's
             self._is_checked = False
 
     def train_batch(self, data: Any, loss_function: Callable[..., Any]) -> Any:
@@ -150,7 +151,8 @@ class RegularizedEngine:
                     answers.append(_values(host.forward_backward_batch(data, loss_function, forward_only=True)))
         finally:
             after.restore()
-        check_same(*answers, state, "the loss of a mini-batch")
+        once, again = answers
+        check_same(once, again, state, "the loss of a mini-batch")
 
     def optimizer_step(self) -> Any:
         host: Any = super()
@@ -230,11 +232,11 @@ def _check(model_config: Any, config: Any) -> None:
     for setting, (is_set, reason) in refused.items():
         if is_set:
             raise ValueError(f"{setting} is not supported with a RegularizedEngineConfig: {reason}.")
-    if not is_tested("verl", verl.__version__):
+    if not is_tested("verl", version):
         warn(
-            f"gradreg was tested with verl {', '.join(TESTED['verl'])}, and not with {verl.__version__}: install one of "
-            "these, or check by yourself that gamma=0 is plain training and that gradreg/penalty_ratio in the metrics "
-            "is what you expect."
+            f"gradreg was tested with verl {', '.join(TESTED['verl'])}, and not with {version}: install one of these, "
+            "or check by yourself that gamma=0 is plain training and that gradreg/penalty_ratio in the metrics is what "
+            "you expect."
         )
 
 
