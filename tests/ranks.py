@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -59,6 +60,16 @@ def once(make: Callable[..., Any]) -> Callable[..., Any]:
 
 def on_two_ranks(work: Callable[..., Any], *args: Any) -> list[Any]:
     return on_ranks(2, work, *args)
+
+
+def of_file(rank: int, file: str, name: str, *args: Any) -> Any:
+    """`name(rank, *args)` of a file, for a test whose host has brought a package `tests` that hides ours."""
+    spec = importlib.util.spec_from_file_location("of_file", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)(rank, *args)
 
 
 def _run(rank: int, num: int, folder: str, work: Callable[..., Any], args: Sequence[Any]) -> None:

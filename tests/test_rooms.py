@@ -25,7 +25,7 @@ RANKS |= {"cli": 6, "__main__": 7}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 EXTRAS = (
     "cloudpickle rich matplotlib sklearn scipy optuna yaml safetensors jinja2 cyclopts mnist1d "
-    "transformers lightning trl sentence_transformers skorch"
+    "transformers lightning trl sentence_transformers skorch verl"
 )
 
 

@@ -122,8 +122,8 @@ class RegularizationArguments(CommonArguments):
         super().__post_init__()
 
 
-def make_regularizer(model: Any, args: Any, default_exclude: Sequence[str]) -> GradientRegularizer:
-    """The regularizer that the arguments describe."""
+def make_regularizer(model: Any, args: Any, default_exclude: Sequence[str], **options: Any) -> GradientRegularizer:
+    """The regularizer that the arguments describe, with options that they do not have."""
     steps, target = args.gamma_warmup_steps, args.target_penalty_ratio
     if target is not None:
         gamma: Schedule = TargetRatio(target, ramp=steps, start=args.gamma)
@@ -140,6 +140,7 @@ def make_regularizer(model: Any, args: Any, default_exclude: Sequence[str]) -> G
         include=args.include,
         exclude=default_exclude if args.exclude is None else args.exclude,
         cap=args.penalty_cap,
+        **options,
     )
 
 

@@ -233,23 +233,8 @@ class GradientRegularizationMixin(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs.update(self._measurements())
+            logs.update(measured(self.regularizer))
         super().log(logs, *args, **kwargs)
-
-    def _measurements(self) -> dict[str, float]:
-        found: dict[str, Any] = self.regularizer.diagnostics()
-        norm, ratio = found["grad_norm"], found["penalty_ratio"]
-        tensors = {
-            "penalty_ratio": ratio,
-            "realized": found["realized"].cosine * found["realized"].norm,
-            "gradreg_grad_norm": norm,
-            "gradreg_penalty_norm": ratio * norm,
-            "skipped_steps": found["skipped_steps"],
-        }
-        measured = {name: value.item() for name, value in tensors.items()}
-        if "gamma" in found:  # one that follows a target
-            measured["gamma"] = found["gamma"].item()
-        return {name: value for name, value in measured.items() if not math.isnan(value)}  # NaN: nothing measured yet
 
     def regularizer_state(self) -> dict[str, Any]:
         """The regularizer's step and counters, and what a γ that follows a target has measured."""
@@ -286,3 +271,20 @@ class GradientRegularizationMixin(Trainer):
                     f"{path} must be a JSON object, the regularizer's state; resume from another checkpoint."
                 )
             self.load_regularizer_state(state)
+
+
+def measured(regularizer: GradientRegularizer) -> dict[str, float]:
+    """What is logged of the last step with γ > 0, as far as it was measured; waits for an accelerator."""
+    found: dict[str, Any] = regularizer.diagnostics()
+    norm, ratio = found["grad_norm"], found["penalty_ratio"]
+    tensors = {
+        "penalty_ratio": ratio,
+        "realized": found["realized"].cosine * found["realized"].norm,
+        "gradreg_grad_norm": norm,
+        "gradreg_penalty_norm": ratio * norm,
+        "skipped_steps": found["skipped_steps"],
+    }
+    values = {name: value.item() for name, value in tensors.items()}
+    if "gamma" in found:  # one that follows a target
+        values["gamma"] = found["gamma"].item()
+    return {name: value for name, value in values.items() if not math.isnan(value)}  # NaN: nothing measured yet

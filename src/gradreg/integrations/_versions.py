@@ -11,6 +11,7 @@ TESTED = {
     "transformers": ("5.14", "5.20", "5.21", "5.22", "5.23"),  # the last in every run of the tests, the others by hand
     "trl": ("1.8", "1.16"),
     "sentence_transformers": ("6.2",),
+    "verl": ("0.9",),
 }
 # What the mixin stands on: without one of these a step would have no penalty, or a checkpoint no state.
 NEEDED = (
@@ -39,7 +40,7 @@ def check_versions(trainer: Any) -> None:
             f"{_listed(found)}, and tested were {tested}: install one of these, or use a loop of your own and "
             "gradreg.GradientRegularizer."
         )
-    unknown = {name: version for name, version in found.items() if not _is_tested(name, version)}
+    unknown = {name: version for name, version in found.items() if not is_tested(name, version)}
     if unknown:
         warn(
             f"gradreg was tested with {tested}, and not with {_listed(unknown)}: install one of these, or check by "
@@ -47,7 +48,8 @@ def check_versions(trainer: Any) -> None:
         )
 
 
-def _is_tested(name: str, version: str) -> bool:
+def is_tested(name: str, version: str) -> bool:
+    """Whether the tests were run with this version of a package."""
     return any(version == known or version.startswith(f"{known}.") for known in TESTED[name])
 
 

@@ -71,7 +71,7 @@ class Displacement:
 
     def __init__(self, anatomy: Anatomy, keeps_room: bool = True) -> None:
         self._anatomy = anatomy
-        self._keeps_room = keeps_room
+        self.keeps_room = keeps_room
         self._parameters: Sequence[nn.Parameter] = ()
         self._addresses: list[int] = []  # of their memory
         self._shapes: list[torch.Size] = []
@@ -244,7 +244,7 @@ class Displacement:
         self._moved_on, self._base = [], None
         if self._true and not self._keeps_copies:
             self._copies = []
-        elif self._true and not self._keeps_room:
+        elif self._true and not self.keeps_room:
             self._parameters, self._copies = (), []
         self._true = []
 
