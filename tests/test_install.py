@@ -23,7 +23,7 @@ def lines(path):
 def extras():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     table = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
-    return set(re.findall(r"^(\w+) = ", table, re.MULTILINE))
+    return set(re.findall(r"^([\w-]+) = ", table, re.MULTILINE))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

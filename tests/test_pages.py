@@ -85,3 +85,18 @@ def test_there_are_blocks():
 def test_what_is_stable_names_all_names():
     text = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8").split("- **What is promised**")[0]
     assert set(re.findall(r"`(\w+)`", text)) == set(gradreg.__all__)
+
+
+def test_the_tutorial_prints_this_where_gamma_is_zero(tmp_path, monkeypatch):
+    """Its first advice: put the lines in with γ = 0."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    code = next(BLOCK.finditer(text))[2]
+    off = code.replace("gamma = gradreg.TargetRatio(0.2, ramp=num_steps // 10)", "gamma = 0.0")
+    assert off != code
+    printed = StringIO()
+    with redirect_stdout(printed):
+        exec(compile(off, "tutorial", "exec"), {"__name__": "__main__"})
+    shown = BLOCK.search(text, text.index("## Is it off when it is off?"))[2]
+    assert words(printed.getvalue()) == words(shown)
+    assert "nan" in shown

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import gradreg
+from gradreg.training.watch import Note
 
 # Backward passes inside a loss.
 
@@ -492,3 +493,20 @@ def test_a_hook_that_reads_gradients_sees_those_of_each_pass(door, before):
     twin = smooth()
     loss_of(twin).backward()
     assert_close([seen[0], seen[-1]], [twin[0].weight.grad, points[0]])
+
+
+def test_an_address_that_is_used_again_is_not_the_same_batch():
+    """Door 2 knows a batch again by the tensor itself: one that is gone may have left its address to the next."""
+    first = torch.ones(3)
+    note = Note(1, None, [first], [], is_own=True)
+    assert note.was_given([first])
+    assert not note.was_given([first.clone()])
+    address = id(first)
+    del first
+    again = next((x for x in (torch.ones(3) for _ in range(10_000)) if id(x) == address), None)
+    assert again is not None
+    assert not note.was_given([again])
+    changed = torch.ones(3)
+    note = Note(1, None, [changed], [], is_own=True)
+    changed.add_(1)
+    assert not note.was_given([changed])

@@ -33,15 +33,20 @@ _ANOTHER_BATCH = (
 class Note:
     """One call of the model in the first pass."""
 
-    def __init__(
-        self, number: int, moment: Moment, identity: list[tuple[int, int]], shapes: list[Any], is_own: bool
-    ) -> None:
+    def __init__(self, number: int, moment: Moment, tensors: list[Tensor], shapes: list[Any], is_own: bool) -> None:
         self.number = number
         self.shapes = shapes
         self.moment = moment
-        self.identity = identity
+        # By reference: an address that a tensor had may be that of the next one.
+        self._tensors = [(weakref.ref(x), _version(x)) for x in tensors]
         self.is_own = is_own  # at the model's own weights, and not at others that torch.func has put in their place
         self.call: tuple[Any, Any, Any] | None = None  # arguments and outputs, until the replay was checked
+
+    def was_given(self, tensors: list[Tensor]) -> bool:
+        """Whether the call had these very tensors, unchanged since."""
+        if len(self._tensors) != len(tensors):
+            return False
+        return all(ref() is x and version == _version(x) for (ref, version), x in zip(self._tensors, tensors))
 
 
 class Watch:
@@ -100,14 +105,13 @@ class Watch:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not x.requires_grad]
         if any(map(is_traced, tensors)):
             return None
-        identity = [(id(x), 0 if x.is_inference() else x._version) for x in tensors]
         if self._position is not None:
-            self._replay(self._position, identity, args, kwargs)
+            self._replay(self._position, tensors, args, kwargs)
             return None
         self._notice_step()
         self._count += 1
         is_own = self.keeps_calls and self._anatomy.is_whole()
-        self._last = Note(self._count, Moment(self._anatomy), identity, _shapes((args, kwargs)), is_own)
+        self._last = Note(self._count, Moment(self._anatomy), tensors, _shapes((args, kwargs)), is_own)
         return self._last
 
     def _notice_step(self) -> None:
@@ -197,7 +201,7 @@ class Watch:
             self._rewind.to(first.moment)
             self._start = first.moment if compares_random_numbers else None
 
-    def _replay(self, position: int, identity: list[tuple[int, int]], args: Any, kwargs: Any) -> None:
+    def _replay(self, position: int, tensors: list[Tensor], args: Any, kwargs: Any) -> None:
         if self._start is not None:
             if not Moment(self._anatomy).random.is_same(self._start.random):
                 raise ValueError(
@@ -207,7 +211,7 @@ class Watch:
                 )
             self._start = None
         rest = self.notes[position:]
-        alike = [n for n in rest if n.identity == identity]
+        alike = [n for n in rest if n.was_given(tensors)]
         following = [n for n in rest if position or n.number > self._cleared]
         found = next(iter(alike or following), None)
         if found is not None:
@@ -230,6 +234,10 @@ class Watch:
                 "times. Both passes must see the same batches, in the same order; otherwise the penalty is that of "
                 "another loss."
             )
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 def _shapes(inputs: tuple[Any, Any]) -> list[Any]:

@@ -39,9 +39,13 @@ def curves_figure(game: Row) -> Figure:
     for axes, row in zip(every, game["arms"]):
         steps = [point["step"] for point in row["curve"]]
         for key, own in (("true", TRUE), ("proxy", PROXY)):
-            band(axes, steps, [_percent(point[key]) for point in row["curve"]], own)
+            alone = (
+                {"marker": own.marker} if len(steps) == 1 else {}
+            )  # runs that are stopped have one reading in common
+            band(axes, steps, [_percent(point[key]) for point in row["curve"]], own, **alone)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.set_xlim(0, max(game["arms"][0]["curve"][-1]["step"], 1))
+        last = max(game["arms"][0]["curve"][-1]["step"], 1)
+        axes.set_xlim(-0.03 * last, last)
         axes.set_ylim(-5, 210)
     figure.supxlabel("step", fontsize=10)
     figure.supylabel("reward × 100", fontsize=10)
