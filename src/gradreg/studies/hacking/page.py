@@ -143,7 +143,8 @@ REWARD = (
 )
 CURVES = (
     "True reward, solid, and what the verifier pays, dashed, along training: means over seeds, shaded from the "
-    "smallest to the largest. Where the two lines part, the policy hacks."
+    "smallest to the largest, at the steps that all seeds have; runs that are stopped early have only their start in "
+    "common. Where the two lines part, the policy hacks."
 )
 GAME: tuple[Block, ...] = (
     "A prompt is the beginning of a sentence, such as `the old dogs` or `the cat that the dogs`; an honest answer "
