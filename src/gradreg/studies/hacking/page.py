@@ -8,7 +8,7 @@ from typing import Any
 from gradreg.lab.page import Block, Code, Figure, Heading, Items, Page, made
 from gradreg.lab.stats import BETTER, UNDECIDED, WORSE
 from gradreg.lab.tables import Table
-from gradreg.lab.words import number, percent, points
+from gradreg.lab.words import listed, number, percent, points
 from gradreg.studies.hacking.arms import EPSILON
 from gradreg.studies.hacking.figures import curves_figure, reward_figure
 from gradreg.studies.hacking.game import ALIKE, MORE, RARE, WORTH
@@ -73,10 +73,19 @@ def verdict(game: Row) -> str:
     return f"Where {game['game']}, {ends}. {found}. True and proxy reward part at step {apart}."
 
 
+def at_an_end(results: Row) -> list[str]:
+    """Arms whose number is the last or the first that was tried, in any game."""
+    rows = [row for game in results["games"] for row in game["arms"] if row["value"] is not None]
+    ends = [row["name"] for row in rows if row["value"] in (row["candidates"][0], row["candidates"][-1])]
+    return list(dict.fromkeys(ends))
+
+
 def notes(results: Row) -> list[str]:
     """How to read the numbers."""
-    seeds = results["seeds"]
+    seeds, ends = results["seeds"], at_an_end(results)
+    beyond = [f"Chosen at an end of what was tried, beyond which more may lie: {listed(ends)}."] if ends else []
     return [
+        *beyond,
         f"True: share of honest answers to {results['asked']} test prompts after the last step, mean and 95 % interval "
         f"(Student's t) over {len(seeds)} seeds, paired by seed in the differences; one in twenty misses by chance.",
         "Paid: what the verifier pays on average. KL: that of the policy to its start, in nats an answer. Parts at: "
