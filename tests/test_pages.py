@@ -20,7 +20,7 @@ import pytest
 import gradreg
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/tutorial.md", "docs/migrate.md", "docs/recipes.md", "docs/scale.md"]
+PAGES = ["README.md", "docs/index.md", "docs/tutorial.md", "docs/migrate.md", "docs/recipes.md", "docs/scale.md"]
 BLOCK = re.compile(r"^``` ?(python|text|bash|\{ \.python \.before \})\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
