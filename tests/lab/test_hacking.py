@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from gradreg.cli import main
-from gradreg.lab import BadInput
 from gradreg.lab.page import markdown
 from gradreg.lab.stats import BETTER, UNDECIDED
 from gradreg.studies.hacking import arms, game, policy, run, training
@@ -385,11 +384,23 @@ def test_bad_words_are_refused_in_one_line(line, message, tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_changed_run_is_not_gone_on_with(tmp_path):
-    line = json.dumps({"job": {}, "outcome": {}, "check": "0" * 16})
-    (tmp_path / "runs.jsonl").write_text(line + "\n", encoding="utf-8")
-    with pytest.raises((ValueError, BadInput)):
-        run.Runs(tmp_path, 1, lambda *args: None)
+def test_half_a_run_is_played_again_and_a_changed_one_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny(monkeypatch)
+    monkeypatch.setattr(run, "GAMES", (MORE,))
+    assert main(["hacking", "--quick", "--workers", "1", "--out", "a"]) == 0
+    place = tmp_path / "a" / "runs.jsonl"
+    lines = place.read_text(encoding="utf-8").splitlines()
+    place.write_text("\n".join([*lines[:-1], lines[-1][:50]]) + "\n", encoding="utf-8")
+    assert main(["hacking", "--resume", "a", "--workers", "1"]) == 0
+    assert len(place.read_text(encoding="utf-8").splitlines()) == len(lines) + 1
+    place.write_text("\n".join([lines[0].replace('"steps": 3', '"steps": 4'), *lines[1:]]), encoding="utf-8")
+    capsys.readouterr()
+    assert main(["hacking", "--resume", "a", "--workers", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "line 1 of" in error
+    assert "was changed after it was written" in error
+    assert error.count("\n") == 1
 
 
 def test_the_policy_is_as_large_as_the_page_says():

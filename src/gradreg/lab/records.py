@@ -91,6 +91,25 @@ def resumed(folder: Path, kind: str) -> Record:
     return about
 
 
+def kept_lines(path: Path) -> list[Record]:
+    """The sealed lines of a file that a study goes on from; none where there is no file.
+
+    Half a line, as a kill or a full disk leaves it, is passed over: what it was to say is done again.
+
+    Raises:
+        BadInput: a line that was changed after it was written.
+    """
+    found = []
+    for k, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
+        try:
+            found.append(opened(line))
+        except Damaged as error:
+            raise BadInput(f"line {k} of {shown(path)} {error}: take that line away, and it is made again.") from None
+        except ValueError:
+            continue
+    return found
+
+
 def read_record(path: Path) -> Record:
     """Raises as `opened`, and OSError."""
     return opened(path.read_bytes())

@@ -16,7 +16,7 @@ from gradreg.lab.folder import append_line, write_json
 from gradreg.lab.page import publish, tell
 from gradreg.lab.player import on_processes
 from gradreg.lab.progress import progress_bar
-from gradreg.lab.records import opened, resumed, sealed
+from gradreg.lab.records import kept_lines, resumed, sealed
 from gradreg.studies.hacking.arms import ARMS, NONE, Arm
 from gradreg.studies.hacking.game import ALIKE, MORE
 from gradreg.studies.hacking.page import page, told
@@ -74,8 +74,8 @@ class Runs:
 
     def __init__(self, folder: Path, workers: int, show: Any) -> None:
         self._path, self._workers, self._show = folder / RUNS, workers, show
-        lines = self._path.read_bytes().splitlines() if self._path.exists() else []
-        self._known = {_key(row["job"]): row["outcome"] for row in map(opened, lines)}
+        self._known = {_key(row["job"]): row["outcome"] for row in kept_lines(self._path)}
+        self._seconds: dict[Job, float] = {}
 
     def play(self, what: str, jobs: Sequence[Job]) -> dict[Job, Outcome]:
         todo = [job for job in jobs if _key(_row(job)) not in self._known]
@@ -86,7 +86,14 @@ class Runs:
                 append_line(self._path, row)
                 self._known[_key(row["job"])] = row["outcome"]
                 self._show(what, done, len(todo))
-        return {job: _outcome(self._known[_key(_row(job))]) for job in jobs}
+        found = {job: _outcome(self._known[_key(_row(job))]) for job in jobs}
+        self._seconds |= {job: outcome.seconds for job, outcome in found.items()}
+        return found
+
+    @property
+    def seconds(self) -> float:
+        """Of the steps of all runs that were asked for."""
+        return math.fsum(self._seconds.values())
 
 
 def _row(job: Job) -> Row:
@@ -120,7 +127,6 @@ def run_hacking(plan: Plan, folder: Path, write: Path | None = None) -> Row:
         found = runs.play("test", list(jobs.values()))
     by_game = {game: {arm: [found[jobs[game, arm, seed]] for seed in plan.seeds] for arm in ARMS} for game in GAMES}
     asked = next(iter(jobs.values())).asked
-    outcomes = [outcome for arms in by_game.values() for of_arm in arms.values() for outcome in of_arm]
     results = {
         "name": folder.resolve().name,
         **provenance(plan.command, plan.workers, threads=1),
@@ -131,7 +137,7 @@ def run_hacking(plan: Plan, folder: Path, write: Path | None = None) -> Row:
         "rate": rate,
         "steps": next(iter(jobs.values())).steps,
         "asked": asked,
-        "training_seconds": math.fsum(outcome.seconds for outcome in outcomes),
+        "training_seconds": runs.seconds,
         "games": [game_row(game, by_game[game], chosen[game], asked) for game in GAMES],
     }
     write_json(folder / "results.json", results)

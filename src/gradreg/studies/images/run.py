@@ -20,7 +20,7 @@ from gradreg.lab.folder import Hopeless, append_line, shown, write_json
 from gradreg.lab.page import publish, tell
 from gradreg.lab.player import on_processes
 from gradreg.lab.progress import progress_bar
-from gradreg.lab.records import opened, read_record, sealed
+from gradreg.lab.records import kept_lines, read_record, sealed
 from gradreg.lab.sweep.storage import Place
 from gradreg.lab.sweep.workers import MODELS
 from gradreg.studies.images.flatness import Kept, measure
@@ -93,7 +93,7 @@ def _command(plan: Plan, names: Sequence[str]) -> str:
 
 def _measure(plan: ComparisonPlan, folder: Path, workers: int) -> None:
     """Of the models that are not measured yet, each a line as it is there."""
-    done = {(row["arm"], row["seed"]) for row in _lines(folder / FLATNESS)}
+    done = {(row["arm"], row["seed"]) for row in kept_lines(folder / FLATNESS)}
     todo = [
         (arm, seed)
         for seed in plan.seeds
@@ -115,10 +115,6 @@ def _config(plan: ComparisonPlan, arm: Any, chosen: dict[str, Row], seed: int) -
     return arm.config(plan.base, point, seed)
 
 
-def _lines(path: Path) -> list[Row]:
-    return [opened(line) for line in path.read_bytes().splitlines()] if path.exists() else []
-
-
 def _gather(plan: Plan, folder: Path, write: Path | None) -> Row:
     """What is there by now, as results.json and as the page."""
     planned = pieces_of(plan.is_quick)
@@ -128,7 +124,7 @@ def _gather(plan: Plan, folder: Path, write: Path | None) -> Row:
             found = read_record(folder / name / "results.json")
         except OSError:
             continue
-        rows.append(piece_row(PIECES[name], found, _lines(folder / name / FLATNESS)))
+        rows.append(piece_row(PIECES[name], found, kept_lines(folder / name / FLATNESS)))
     results = {
         "name": folder.resolve().name,
         **provenance(_command(plan, planned), plan.workers, threads=1),
