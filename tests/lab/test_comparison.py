@@ -299,6 +299,23 @@ def test_a_record_that_was_changed_is_named(recorded, tmp_path):
         compare(recorded(Recorder()), ["F-GR"], folder=tmp_path / "a", **QUICK)
 
 
+def test_results_that_were_changed_are_named_and_made_again(here, capsys):
+    words = ["compare", "mine.py:train", "--trials", "1", "--seeds", "2", "--workers", "1"]
+    assert cli.main([*words, "--out", "a"]) == 0
+    place = here / "a" / "results.json"
+    whole = place.read_text(encoding="utf-8")
+    for changed in (whole.replace('"tried": 1', '"tried": 2'), whole[:40]):
+        place.write_text(changed, encoding="utf-8")
+        capsys.readouterr()
+        assert cli.main(["compare", "mine.py:train", "--resume", "a", "--workers", "1"]) == 2
+        error = capsys.readouterr().err
+        assert "take it away, and it is made again" in error
+        assert error.count("\n") == 1
+    place.unlink()
+    assert cli.main(["compare", "mine.py:train", "--resume", "a", "--workers", "1"]) == 0
+    assert json.loads(place.read_text(encoding="utf-8"))["verdict"] == json.loads(whole)["verdict"]
+
+
 def test_a_study_that_lost_its_runs_is_not_run_again_in_silence(recorded, tmp_path):
     compare(recorded(Recorder()), ["F-GR"], folder=tmp_path / "a", **QUICK)
     (tmp_path / "a" / "results.json").unlink()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gradreg.lab.folder import BadInput, finite, shown
+from gradreg.lab.folder import BadInput, Hopeless, finite, shown
 
 CHECK = "check"
 CHANGED = "was changed after it was written: its check does not fit"
@@ -108,6 +108,19 @@ def kept_lines(path: Path) -> list[Record]:
         except ValueError:
             continue
     return found
+
+
+def read_results(path: Path) -> Record:
+    """What a study left that has ended.
+
+    Raises:
+        OSError: there is none.
+        Hopeless: it was changed after it was written, or is no record.
+    """
+    try:
+        return read_record(path)
+    except ValueError as error:
+        raise Hopeless(f"{shown(path)} {error}: take it away, and it is made again from the study.") from None
 
 
 def read_record(path: Path) -> Record:

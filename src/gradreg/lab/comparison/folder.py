@@ -20,7 +20,7 @@ from gradreg.lab.comparison.schedule import TEST, ComparisonSchedule
 from gradreg.lab.cost.steps import clock_for, make_step, paired_seconds
 from gradreg.lab.folder import BadInput, finite, json_line, shown, write_json, write_text
 from gradreg.lab.processes import resolve
-from gradreg.lab.records import read_record, sealed
+from gradreg.lab.records import read_record, read_results, sealed
 from gradreg.lab.runs import record
 from gradreg.lab.search import Point
 from gradreg.lab.stats import median_ratio
@@ -98,7 +98,7 @@ def conclude(folder: Path, place: Place, plan: Plan) -> Row:
     (folder / ".locks").mkdir(exist_ok=True)
     with locked(folder / ".locks" / "results"):
         if (folder / "results.json").exists():
-            return read_record(folder / "results.json")
+            return read_results(folder / "results.json")
         schedule = ComparisonSchedule(plan, metric_of(plan.base))
         with Study(place) as study:
             board = study.board()

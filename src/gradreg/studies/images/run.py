@@ -20,7 +20,7 @@ from gradreg.lab.folder import Hopeless, append_line, shown, write_json
 from gradreg.lab.page import publish, tell
 from gradreg.lab.player import on_processes
 from gradreg.lab.progress import progress_bar
-from gradreg.lab.records import kept_lines, read_record, sealed
+from gradreg.lab.records import kept_lines, read_results, sealed
 from gradreg.lab.sweep.storage import Place
 from gradreg.lab.sweep.workers import MODELS
 from gradreg.studies.images.flatness import Kept, measure
@@ -100,7 +100,7 @@ def _measure(plan: ComparisonPlan, folder: Path, workers: int) -> None:
         for arm in plan.arms
         if (arm.name, seed) not in done and (folder / MODELS / weights_name(arm, seed)).exists()
     ]
-    chosen = {row["name"]: row for row in read_record(folder / "results.json")["arms"]}
+    chosen = {row["name"]: row for row in read_results(folder / "results.json")["arms"]}
     kept = [Kept(_config(plan, arm, chosen, seed), folder / MODELS / weights_name(arm, seed)) for arm, seed in todo]
     with progress_bar() as progress, closing(on_processes(measure, kept, workers)) as found:
         for count, (k, row) in enumerate(found, 1):
@@ -121,7 +121,7 @@ def _gather(plan: Plan, folder: Path, write: Path | None) -> Row:
     rows = []
     for name in planned:
         try:
-            found = read_record(folder / name / "results.json")
+            found = read_results(folder / name / "results.json")
         except OSError:
             continue
         rows.append(piece_row(PIECES[name], found, kept_lines(folder / name / FLATNESS)))
