@@ -65,8 +65,10 @@ LAB = (
     "tasks task_names",
     "train runs batched sharpness",
     "player cost",
+    "study",
     "report",
-    "sweep comparison",
+    "sweep",
+    "comparison",
     "commands __init__",
 )
 FLOORS = {name: floor for floor, names in enumerate(LAB) for name in names.split()}

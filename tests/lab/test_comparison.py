@@ -24,9 +24,9 @@ from gradreg.lab.comparison.result import notes
 from gradreg.lab.config import RunConfig
 from gradreg.lab.metric import ACCURACY, Metric
 from gradreg.lab.records import read_record
-from gradreg.lab.sweep import workers as workers_module
-from gradreg.lab.sweep.storage import Place
-from gradreg.lab.sweep.study import Study
+from gradreg.lab.study import workers as workers_module
+from gradreg.lab.study.storage import Place
+from gradreg.lab.study.study import Study
 from gradreg.lab.tables import WIDTH
 
 QUICK = {"trials": 6, "seeds": 3, "workers": 1}

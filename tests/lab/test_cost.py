@@ -283,3 +283,23 @@ def test_bad_input_is_one_line_and_makes_no_folder(options, message, tmp_path, c
     assert message in error
     assert error.count("\n") == 1
     assert not out.exists()
+
+
+def test_a_penalty_in_every_third_step_costs_the_mean_of_three(monkeypatch):
+    """A median over steps would call it free."""
+    made = []
+    monkeypatch.setattr(costs, "make_step", lambda config, task, device: made.append(config) or (lambda: None))
+    seconds = {1: 3.0, 10**6: 1.2}
+
+    def paired(steps, rounds, clock, warm_up):
+        return {
+            name: [1.0 if config.method == "SGD" else seconds[config.period]] * rounds
+            for name, config in zip(steps, made)
+        }
+
+    monkeypatch.setattr(costs, "paired_seconds", paired)
+    base = RunConfig(data="digits", model="mlp")
+    third = replace(base, method="F-GR", gamma=0.1, epsilon=0.1, period=3)
+    found = costs.step_costs({"SGD": base, "F-GR": replace(third, period=1), "cheap": third})
+    assert (found["SGD"].median, found["F-GR"].median) == (1.0, 3.0)
+    assert found["cheap"].median == pytest.approx((3.0 + 2 * 1.2) / 3)

@@ -21,11 +21,10 @@ from idx_files import encoded, write
 
 from gradreg import cli
 from gradreg.lab import batched
-from gradreg.lab.comparison import run as comparison
 from gradreg.lab.comparison.plan import example
-from gradreg.lab.cost import own
+from gradreg.lab.cost import own, steps
 from gradreg.lab.data import idx
-from gradreg.lab.sweep import workers as workers_module
+from gradreg.lab.study import workers as workers_module
 from gradreg.studies.gpu import page, play, run
 from gradreg.studies.gpu.plan import PIECES, Plan, pieces
 
@@ -58,7 +57,7 @@ def _known_data(data, monkeypatch):
 @pytest.fixture
 def quick(data, tmp_path, monkeypatch):
     """`gradreg gpu --quick` with some pieces; or with --resume, what is left of them."""
-    monkeypatch.setattr(comparison.folders, "MOST_ROUNDS", 6)
+    monkeypatch.setattr(steps, "MOST_ROUNDS", 6)
 
     def call(*words, resume=False):
         where = ["--resume" if resume else "--out", str(tmp_path / "gpu"), *([] if resume else ["--quick"])]

@@ -110,7 +110,7 @@ def test_a_sweep_is_gone_on_with_from_elsewhere(workers, here, elsewhere, capsys
     grid = [{"method": "SGD"}, {"method": "DB", "gamma": 0.1}]
     (here / "sweep.yaml").write_text(yaml.safe_dump({"base": base, "grid": grid, "seeds": 2}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gradreg.lab.sweep.workers.work_together", stop)
+        patch.setattr("gradreg.lab.study.workers.work_together", stop)
         assert main(["sweep", "sweep.yaml", "--out", "out", "--workers", workers]) == 130
     elsewhere()
     again = ["sweep", "--resume", str(here / "out"), "--workers", workers]

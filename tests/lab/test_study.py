@@ -15,11 +15,11 @@ from optuna.trial import TrialState
 
 from gradreg.lab.folder import BadInput
 from gradreg.lab.runs import Result
-from gradreg.lab.sweep import journal as files
-from gradreg.lab.sweep import study as module
-from gradreg.lab.sweep.board import INTERRUPTED, LOST, Entry
-from gradreg.lab.sweep.storage import Place, with_driver, without_password
-from gradreg.lab.sweep.study import Study
+from gradreg.lab.study import journal as files
+from gradreg.lab.study import study as module
+from gradreg.lab.study.board import INTERRUPTED, LOST, Entry
+from gradreg.lab.study.storage import Place, with_driver, without_password
+from gradreg.lab.study.study import Study
 
 PLAN = {"what": "a plan"}
 GRACE = 5  # a busy machine may be late with a sign of life

@@ -20,13 +20,13 @@ from gradreg.lab.config import FIELDS, from_mapping
 from gradreg.lab.folder import BadInput
 from gradreg.lab.runs import Result
 from gradreg.lab.search import Range, propose
-from gradreg.lab.sweep import workers
+from gradreg.lab.study import workers
+from gradreg.lab.study.storage import Place
+from gradreg.lab.study.study import Study
+from gradreg.lab.study.workers import Worker, work
 from gradreg.lab.sweep.folder import conclude, find
 from gradreg.lab.sweep.plan import best_points, from_plan, read_sweep, summarize
-from gradreg.lab.sweep.schedule import SweepSchedule
-from gradreg.lab.sweep.storage import Place
-from gradreg.lab.sweep.study import Study
-from gradreg.lab.sweep.workers import Worker, work
+from gradreg.lab.sweep.schedule import SweepSchedule, schedule_of
 
 BASE = {"data": "digits", "model": "mlp", "width": 8, "num_train": 100, "batch_size": 50, "epochs": 40}
 GRID = [
@@ -417,7 +417,7 @@ def small(monkeypatch, content, folder):
     sweep = from_plan(content)
     place = Place("sweep", folder)
     Study(place, sweep.plan())
-    work(Worker(folder, place, is_batched=False))
+    work(Worker(folder, place, schedule_of, is_batched=False))
     return asked, place
 
 
@@ -458,7 +458,7 @@ def test_a_run_that_fails_is_tried_again_then_named(tmp_path, monkeypatch):
     place = Place("sweep", tmp_path)
     Study(place, from_plan(TOY).plan())
     with pytest.raises(BadInput, match=r"failed 3 times .*gamma 0\.5, .*RuntimeError: out of memory by far"):
-        work(Worker(tmp_path, place, is_batched=False))
+        work(Worker(tmp_path, place, schedule_of, is_batched=False))
     assert Counter(job.config.seed for job in tries) == {0: 3, 1: 3}
     assert len(Study(place).board().results) == 6  # the others are there
 
@@ -544,7 +544,7 @@ def test_changed_results_of_a_sweep_are_told_and_made_again(begun, capsys):
 def test_a_configuration_that_changes_while_a_sweep_runs_loses_nothing(begun):
     (begun / "config.json").write_text("[]")
     with pytest.raises(BadInput, match=r"config\.json' is not a JSON object; put it right"):
-        conclude(begun, Place("sweep", begun))
+        conclude(begun, Place("sweep", begun), from_plan(TOY))
 
 
 def test_lines_of_runs_that_were_changed_come_back_from_the_study(begun, done):
@@ -567,5 +567,5 @@ def test_what_is_concluded_comes_from_the_study(done, tmp_path):
     for name in ("config.json", "study.log"):
         (tmp_path / name).write_bytes((done / name).read_bytes())
     (tmp_path / "runs.jsonl").write_text('{"torn', encoding="utf-8")
-    conclude(tmp_path, Place("sweep", tmp_path))
+    conclude(tmp_path, Place("sweep", tmp_path), from_plan(TOY))
     assert measured(tmp_path) == measured(done)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from gradreg.lab import stats
+
+NO_RESULT = "no result"
+"""The verdict where there is none."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,15 @@ class Metric:
         if not self.higher_is_better:
             difference = stats.Interval(-difference.mean, -difference.high, -difference.low)
         return stats.verdict(difference, stats.one_row(counts) if self.is_share else 0.0)
+
+    def against(
+        self, scores: Sequence[float], baseline: Sequence[float], counts: Iterable[float | None] = ()
+    ) -> dict[str, Any]:
+        """`difference` and `verdict` of a row of results, paired by seed; none where a score is no number."""
+        if not all(map(math.isfinite, [*scores, *baseline])):
+            return {"difference": None, "verdict": NO_RESULT}
+        difference = stats.paired_difference(scores, baseline)
+        return {"difference": asdict(difference), "verdict": self.verdict(difference, counts)}
 
     def shown(self, value: float, digits: int = 1) -> str:
         if self.is_share:

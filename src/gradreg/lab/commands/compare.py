@@ -93,8 +93,8 @@ def compare(
     from gradreg.lab.comparison.plan import DEFAULT_METHODS, Effort, Plan, checked_methods
     from gradreg.lab.comparison.report import show
     from gradreg.lab.player import default_workers
-    from gradreg.lab.sweep.storage import Place
-    from gradreg.lab.sweep.study import Study
+    from gradreg.lab.study.storage import Place
+    from gradreg.lab.study.study import Study
     from gradreg.lab.tasks import digest_of
 
     count = workers or default_workers()
@@ -147,7 +147,7 @@ def _plans(*given: Any) -> bool:
 
 def _is_there(place: Any) -> bool:
     """Whether a study has been begun under that name."""
-    from gradreg.lab.sweep.study import Study
+    from gradreg.lab.study.study import Study
 
     try:
         with Study(place):
@@ -192,7 +192,7 @@ def _name(out: Path | None) -> str:
 
 def _command(task: str | None, plan: Any, storage: str | None, name: str) -> str:
     """The same runs again; a password is left out."""
-    from gradreg.lab.sweep.storage import without_password
+    from gradreg.lab.study.storage import without_password
     from gradreg.lab.tasks import task_of, word_of
 
     base = plan.base

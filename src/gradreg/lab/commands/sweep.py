@@ -14,8 +14,8 @@ from gradreg.lab.folder import BadInput, new_folder
 from gradreg.lab.task_names import fields_of
 
 if TYPE_CHECKING:
+    from gradreg.lab.study.storage import Place
     from gradreg.lab.sweep.plan import Sweep
-    from gradreg.lab.sweep.storage import Place
 
 
 @app.command
@@ -68,13 +68,14 @@ def sweep(
     intervals and verdicts, and writes a folder: config.json, study.log, runs.jsonl, results.json. May be killed at any
     time; --resume goes on, and, given in other terminals or on other machines, shares the work.
     """
+    from gradreg.lab.batched import is_worthwhile
     from gradreg.lab.data.places import found, standing_for
     from gradreg.lab.player import default_workers
+    from gradreg.lab.study.complete import check_complete
+    from gradreg.lab.study.storage import Place
+    from gradreg.lab.study.workers import Worker, work_together
     from gradreg.lab.sweep import folder as sweep_folder
-    from gradreg.lab.sweep.complete import check_complete
-    from gradreg.lab.sweep.schedule import SweepSchedule
-    from gradreg.lab.sweep.storage import Place
-    from gradreg.lab.sweep.workers import Worker, should_batch, work_together
+    from gradreg.lab.sweep.schedule import SweepSchedule, schedule_of
     from gradreg.lab.tasks import sources
 
     own = fields_of(task)
@@ -94,7 +95,7 @@ def sweep(
     else:
         place = Place(study or _name(out), url=storage, grace=grace or Place.grace) if storage else None
         sweep = asked or _from_study(place)
-        is_batched = _engine(batched, sweep, should_batch(sweep))
+        is_batched = _engine(batched, sweep, all(map(is_worthwhile, sweep.configs)))
         data = sweep.base.path, found(sweep.base, None, moved) if moved else None
         with standing_for(*data):
             _check_runs(sweep)
@@ -108,8 +109,10 @@ def sweep(
 
     words = [] if task is None else ["--task", task]
     with gone_on_with("gradreg", "sweep", *words, "--resume", folder), standing_for(*data):
-        work_together(Worker(folder.resolve(), place, is_batched, count, sources(), data), SweepSchedule(sweep))
-        results = sweep_folder.conclude(folder, place)
+        work_together(
+            Worker(folder.resolve(), place, schedule_of, is_batched, count, sources(), data), SweepSchedule(sweep)
+        )
+        results = sweep_folder.conclude(folder, place, sweep)
     sweep_folder.print_table(results, folder)
 
 
@@ -129,7 +132,7 @@ def _read(
 def _check_options(
     config: Path | None, resume: Path | None, storage: str | None, study: str | None, out: Path | None
 ) -> None:
-    from gradreg.lab.sweep.storage import without_password
+    from gradreg.lab.study.storage import without_password
 
     if resume is not None and out is not None:
         raise BadInput("--out must be left out with --resume, which is the folder.")
@@ -154,23 +157,23 @@ def _check_same(asked: Sweep | None, known: Sweep, folder: Path) -> None:
 
 
 def _from_study(place: Place | None) -> Sweep:
+    from gradreg.lab.study.study import Study
     from gradreg.lab.sweep.plan import from_plan
-    from gradreg.lab.sweep.study import Study
 
     assert place is not None
     return from_plan(Study(place).plan)
 
 
 def _open(place: Place, sweep: Sweep) -> None:
-    from gradreg.lab.sweep.study import Study
+    from gradreg.lab.study.study import Study
 
     Study(place, sweep.plan())
 
 
 def _engine(batched: bool | None, sweep: Sweep, default: bool) -> bool:
-    from gradreg.lab.sweep.workers import can_batch
+    from gradreg.lab.batched import is_stackable
 
-    if batched and not can_batch(sweep):
+    if batched and not all(map(is_stackable, sweep.configs)):
         raise BadInput("--batched must be left out: not every run of this sweep can be a slice of a batched model.")
     return default if batched is None else batched
 
@@ -181,7 +184,7 @@ def _check_runs(sweep: Sweep) -> None:
 
     from gradreg.lab.tasks import trained
 
-    for size in sorted({replace(sweep.base, **point).batch_size for point in sweep.examples}):
+    for size in sorted({config.batch_size for config in sweep.configs}):
         trained(replace(sweep.base, batch_size=size)).build(sweep.base.seed)
 
 
@@ -191,7 +194,7 @@ def _name(out: Path | None) -> str:
 
 def _command(config: Path | None, place: Place, sweep: Sweep, changes: dict[str, Any]) -> str:
     """The same runs again; a password is left out."""
-    from gradreg.lab.sweep.storage import without_password
+    from gradreg.lab.study.storage import without_password
     from gradreg.lab.tasks import word_of
 
     words: list[Any] = ["gradreg", "sweep", *([] if config is None else [config])]

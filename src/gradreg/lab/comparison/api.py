@@ -19,7 +19,7 @@ from gradreg.lab.folder import BadInput, new_folder, shown
 from gradreg.lab.metric import Metric
 from gradreg.lab.page import fragment, publish
 from gradreg.lab.player import default_workers
-from gradreg.lab.sweep.storage import Place
+from gradreg.lab.study.storage import Place
 from gradreg.lab.task import Loop, Task
 from gradreg.lab.task_names import fields_of
 

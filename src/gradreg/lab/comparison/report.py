@@ -11,10 +11,10 @@ from rich.console import Console
 
 from gradreg.lab.comparison.arms import BASELINE
 from gradreg.lab.comparison.figures import cost_figure, score_figure
-from gradreg.lab.comparison.result import FAILED, chosen, leader, notes
+from gradreg.lab.comparison.result import chosen, leader, notes
 from gradreg.lab.config import from_mapping
 from gradreg.lab.methods import METHODS
-from gradreg.lab.metric import Metric
+from gradreg.lab.metric import NO_RESULT, Metric
 from gradreg.lab.page import Block, Code, Figure, Heading, Items, Page, made, plain, publish, tell
 from gradreg.lab.report.snippets import lines_of
 from gradreg.lab.stats import UNDECIDED
@@ -65,7 +65,7 @@ def _cells(row: Row, metric: Metric) -> tuple[str, ...]:
 def chosen_table(results: Row) -> Table:
     metric = Metric.from_row(results["metric"])
     rows = [
-        (row["name"], metric.shown(row["validation"]) if row["validation"] is not None else FAILED, chosen(row))
+        (row["name"], metric.shown(row["validation"]) if row["validation"] is not None else NO_RESULT, chosen(row))
         for row in results["arms"]
     ]
     return Table("", ("chosen", "validation", "settings"), rows)

@@ -17,14 +17,12 @@ from gradreg.lab.comparison.arms import LONGER, Arm
 from gradreg.lab.comparison.schedule import TEST, VALIDATION, ComparisonSchedule
 from gradreg.lab.methods import METHODS
 from gradreg.lab.metric import Metric
-from gradreg.lab.runs import Result
 from gradreg.lab.search import Point
-from gradreg.lab.sweep.board import Board
-from gradreg.lab.sweep.schedule import key_of
+from gradreg.lab.study.board import Board
+from gradreg.lab.study.schedule import key_of
 from gradreg.lab.words import SYMBOLS, gap, listed, plural, score
 
 Row = dict[str, Any]
-FAILED = "no result"
 _SHORT = {**SYMBOLS, "learning_rate": "lr", "weight_decay": "wd", "lookahead": "ρ ahead", "ratio": "ratio"}
 
 
@@ -58,7 +56,7 @@ def arm_rows(schedule: ComparisonSchedule, board: Board, costs: Mapping[str, Row
         if a == 0:
             baseline = scores
         else:
-            row |= _compared(scores, baseline, schedule.metric, test)
+            row |= schedule.metric.against(scores, baseline, (run.num_scored for run in test))
         rows.append(row)
     return rows
 
@@ -87,13 +85,6 @@ def _tested(scores: Sequence[float]) -> Row:
     if not all(map(math.isfinite, scores)):
         return {"test": None}
     return {"test": asdict(stats.mean_interval(scores))}
-
-
-def _compared(scores: Sequence[float], baseline: Sequence[float], metric: Metric, runs: Sequence[Result]) -> Row:
-    if not all(map(math.isfinite, [*scores, *baseline])):
-        return {"difference": None, "verdict": FAILED}
-    difference = stats.paired_difference(scores, baseline)
-    return {"difference": asdict(difference), "verdict": metric.verdict(difference, (run.num_scored for run in runs))}
 
 
 def _mean(scores: Sequence[float]) -> float:

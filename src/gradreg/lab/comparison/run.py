@@ -14,13 +14,13 @@ from gradreg.lab import tasks
 from gradreg.lab.batched import is_worthwhile
 from gradreg.lab.comparison import folder as folders
 from gradreg.lab.comparison.plan import LADDER, Effort, Plan, example
-from gradreg.lab.comparison.schedule import ALL_FAILED, ComparisonSchedule
+from gradreg.lab.comparison.schedule import ALL_FAILED, ComparisonSchedule, schedule_of
 from gradreg.lab.folder import BadInput, Hopeless
 from gradreg.lab.runs import Job, run
-from gradreg.lab.sweep.complete import check_complete
-from gradreg.lab.sweep.storage import Place
-from gradreg.lab.sweep.study import Study
-from gradreg.lab.sweep.workers import Worker, work_together
+from gradreg.lab.study.complete import check_complete
+from gradreg.lab.study.storage import Place
+from gradreg.lab.study.study import Study
+from gradreg.lab.study.workers import Worker, work_together
 from gradreg.lab.task import Loop
 
 PASSES = {"SGD": 1.0, "Flooding": 1.0, "Central": 3.0, "DB": 3.0, "cheap": 1.2, "MSAM": 1.1, "Split": 1.1}
@@ -186,7 +186,7 @@ def carry_out(
     )
     schedule = ComparisonSchedule(plan, task.metric)
     try:
-        work_together(Worker(folder.resolve(), place, stacks, workers, tasks.sources(), data), schedule)
+        work_together(Worker(folder.resolve(), place, schedule_of, stacks, workers, tasks.sources(), data), schedule)
     except BadInput as error:
         if ALL_FAILED not in str(error):
             raise

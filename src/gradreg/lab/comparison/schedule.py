@@ -15,8 +15,9 @@ from gradreg.lab.folder import BadInput
 from gradreg.lab.metric import Metric
 from gradreg.lab.runs import Job, Result
 from gradreg.lab.search import Climb, Point, Scores, replayed
-from gradreg.lab.sweep.board import Board, Entry
-from gradreg.lab.sweep.schedule import Schedule, Status, entry_of, key_of
+from gradreg.lab.study.board import Board, Entry
+from gradreg.lab.study.schedule import Schedule, Status, entry_of, key_of
+from gradreg.lab.tasks import metric_of
 
 VALIDATION, TEST = "validation", "test"
 ALL_FAILED = "every run of"
@@ -186,3 +187,9 @@ class ComparisonSchedule(Schedule):
     def _mean(self, runs: Sequence[Result]) -> float:
         worths = self._worths(runs)
         return math.fsum(worths) / len(worths) if all(map(math.isfinite, worths)) else -math.inf
+
+
+def schedule_of(plan: Mapping[str, Any]) -> ComparisonSchedule:
+    """Of a plan as its study has it."""
+    own = Plan.from_row(plan)
+    return ComparisonSchedule(own, metric_of(own.base))

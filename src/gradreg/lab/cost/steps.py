@@ -14,19 +14,22 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from statistics import median, mode
+from statistics import mode
 from typing import Any, TypeVar
 
 import torch
 
 from gradreg.lab.attach import attach
-from gradreg.lab.config import RunConfig, configure
+from gradreg.lab.config import RunConfig
 from gradreg.lab.rows import moved
+from gradreg.lab.stats import Ratio, median_ratio
 from gradreg.lab.task import Task
 from gradreg.lab.tasks import trained
 from gradreg.lab.train.forward import compiled, laid_out, loss_of
 
+MOST_ROUNDS, LEAST_ROUNDS, SECONDS_OF_COST = 30, 6, 20.0
 RATE = 1e-3  # small: the timed weights should stay where they are
 WARM_UP = 3  # rounds that allocate
 
@@ -36,12 +39,35 @@ Clock = Callable[[], float]
 CPU = torch.device("cpu")
 
 
-def step_costs(task: RunConfig, chosen: Mapping[str, Mapping[str, Any]], rounds: int = 60) -> dict[str, float]:
-    """Median over rounds of (a method's step) / (SGD's step of the same round) on a task, γ at full strength."""
-    own = trained(task)
-    steps = {name: make_step(configure(task, name, values, seed=0), own) for name, values in chosen.items()}
-    seconds = paired_seconds(steps, rounds, time.thread_time)
-    return {name: median(a / b for a, b in zip(seconds[name], seconds["SGD"])) for name in steps}
+def step_costs(configs: Mapping[str, RunConfig], device: torch.device = CPU, rounds: int = 0) -> dict[str, Ratio]:
+    """(a step of each run) / (SGD's step in the same round), medians over rounds, with γ at full strength.
+
+    Where only every k-th step has a penalty, both kinds of steps are timed, and the mean over k of them is taken.
+
+    Args:
+        configs: runs of one task, by name, "SGD" among them.
+        device: where the steps are made.
+        rounds: of paired steps; by default as many as 20 seconds hold, from 6 to 30.
+    """
+    full = {name: replace(config, warmup=0.0, period=1) for name, config in configs.items()}
+    between = {(name, "between"): replace(full[name], period=10**6) for name, c in configs.items() if c.period > 1}
+    task = trained(configs["SGD"])
+    steps: dict[Hashable, Step] = {
+        name: make_step(config, task, device) for name, config in {**full, **between}.items()
+    }
+    clock = clock_for(device, threads=1)
+    if not rounds:
+        started = time.perf_counter()
+        paired_seconds(steps, 1, clock, warm_up=1)
+        each = (time.perf_counter() - started) / 2
+        rounds = int(min(MOST_ROUNDS, max(LEAST_ROUNDS, SECONDS_OF_COST / each)))
+    seconds = paired_seconds(steps, rounds, clock, warm_up=1)
+    found = {}
+    for name, config in configs.items():
+        share, took = 1 / config.period, seconds[name]  # of the steps, those with a penalty
+        rest = seconds.get((name, "between"), took)
+        found[name] = median_ratio([share * a + (1 - share) * b for a, b in zip(took, rest)], seconds["SGD"])
+    return found
 
 
 def make_step(config: RunConfig, task: Task, device: torch.device = CPU) -> Step:

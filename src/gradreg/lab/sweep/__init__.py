@@ -1,1 +1,1 @@
-"""Grids and searches: a plan, a study that workers share, and what is concluded from it."""
+"""Grids and searches: a plan, the order of its runs, and what is concluded from them."""

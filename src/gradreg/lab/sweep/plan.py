@@ -93,6 +93,15 @@ class Sweep:
         ends = [{k: (v.low, v.high) if isinstance(v, Range) else v for k, v in b.axes.items()} for b in self.blocks]
         return [point for block, values in zip(self.blocks, ends) for point in Block(block.method, values).points]
 
+    @property
+    def configs(self) -> list[RunConfig]:
+        """The same as runs of the first seed.
+
+        Raises:
+            BadInput: one that lacks what its method needs.
+        """
+        return [replace(self.base, **point) for point in self.examples]
+
     def job(self, point: Point, seed: int, scored_on: str) -> Job:
         """A run. Curves are recorded in the test runs alone."""
         records = 10 if scored_on == "test" else 0
@@ -219,8 +228,7 @@ def _check(sweep: Sweep, kind: str) -> None:
         raise BadInput(f"first_seed must be at most {2**31 - len(sweep.seeds)} with {len(sweep.seeds)} seeds.")
     for number, block in enumerate(sweep.blocks, 1):
         try:
-            for point in replace(sweep, blocks=(block,)).examples:
-                replace(sweep.base, **point)
+            replace(sweep, blocks=(block,)).configs  # noqa: B018
         except BadInput as error:
             raise BadInput(f"{kind} block {number}: {error}") from None
 
@@ -281,10 +289,8 @@ def _tested(method: str, results: Sequence[Result], baseline: Sequence[Result], 
         "grad_norm": _mean([result.grad_norm for result in results]),
         "diverged": sum(result.diverged for result in results),
     }
-    if method != "SGD" and all(map(math.isfinite, [*scores, *plain])):
-        difference = stats.paired_difference(scores, plain)
-        verdict = metric.verdict(difference, (r.num_scored for r in results))
-        row |= {"difference": asdict(difference), "verdict": verdict}
+    if method != "SGD":
+        row |= metric.against(scores, plain, (r.num_scored for r in results))
     return row
 
 

@@ -16,6 +16,7 @@ from gradreg.lab.config import RunConfig, configure
 from gradreg.lab.cost.steps import step_costs
 from gradreg.lab.folder import write_json
 from gradreg.lab.methods import METHODS
+from gradreg.lab.metric import ACCURACY
 from gradreg.lab.page import publish, tell
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.runs import Job
@@ -93,7 +94,9 @@ def _costs(tasks: Sequence[RunConfig], chosen: Mapping[str, Any]) -> dict[str, d
     measured: dict[tuple[str, str], dict[str, float]] = {}
     for task in tasks:
         if (task.data, task.model) not in measured:
-            measured[task.data, task.model] = step_costs(task, chosen[task.task])
+            configs = {name: configure(task, name, values, seed=0) for name, values in chosen[task.task].items()}
+            ratios = step_costs(configs, rounds=60)
+            measured[task.data, task.model] = {name: ratio.median for name, ratio in ratios.items()}
     return {task.task: measured[task.data, task.model] for task in tasks}
 
 
@@ -123,9 +126,7 @@ def _summary(method: str, runs: Sequence[Row], baseline: Sequence[float], cost: 
         "trace": _mean_trace([r["trace"] for r in runs if not r["diverged"]]),
     }
     if method != "SGD":
-        difference = stats.paired_difference(accuracies, baseline)
-        margin = stats.one_row(r.get("num_scored") for r in runs)
-        row |= {"difference": asdict(difference), "verdict": stats.verdict(difference, margin)}
+        row |= ACCURACY.against(accuracies, baseline, (r.get("num_scored") for r in runs))
     return row
 
 

@@ -25,7 +25,7 @@ from gradreg.lab.data.places import standing_for
 from gradreg.lab.folder import BadInput
 from gradreg.lab.page import publish
 from gradreg.lab.processes import resolve
-from gradreg.lab.sweep.storage import Place
+from gradreg.lab.study.storage import Place
 from gradreg.lab.tasks import trained
 from gradreg.studies.gpu.plan import Grid, Piece, Steps, Tests, models
 

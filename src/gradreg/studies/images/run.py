@@ -21,8 +21,8 @@ from gradreg.lab.page import publish, tell
 from gradreg.lab.player import on_processes
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.records import kept_lines, read_results, sealed
-from gradreg.lab.sweep.storage import Place
-from gradreg.lab.sweep.workers import MODELS
+from gradreg.lab.study.storage import Place
+from gradreg.lab.study.workers import MODELS
 from gradreg.studies.images.flatness import Kept, measure
 from gradreg.studies.images.page import page, told
 from gradreg.studies.images.pieces import PIECES, QUICK, Piece

@@ -9,9 +9,9 @@ from pathlib import Path
 from gradreg.lab.config import FIELDS, RunConfig, from_mapping
 from gradreg.lab.folder import BadInput
 from gradreg.lab.records import opened
-from gradreg.lab.sweep.schedule import Schedule
-from gradreg.lab.sweep.storage import Place
-from gradreg.lab.sweep.study import Study
+from gradreg.lab.study.schedule import Schedule
+from gradreg.lab.study.storage import Place
+from gradreg.lab.study.study import Study
 
 
 def check_complete(folder: Path, place: Place, schedule: Schedule, command: str | None) -> None:

@@ -11,7 +11,7 @@ from optuna.exceptions import ExperimentalWarning
 
 from gradreg._install import how
 from gradreg.lab.folder import BadInput
-from gradreg.lab.sweep.journal import Journal, Spoiled
+from gradreg.lab.study.journal import Journal, Spoiled
 
 DEFAULT_GRACE = 120
 

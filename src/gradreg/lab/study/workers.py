@@ -1,4 +1,4 @@
-"""The workers of a sweep: each takes runs from the study until nothing is left, on any number of machines."""
+"""The workers of a study: each takes runs from the study until nothing is left, on any number of machines."""
 
 from __future__ import annotations
 
@@ -18,21 +18,18 @@ from typing import Any
 
 import torch
 
-from gradreg.lab.batched import is_stackable, is_worthwhile, most_slices
-from gradreg.lab.comparison import plan as comparison
-from gradreg.lab.comparison.schedule import ComparisonSchedule
+from gradreg.lab.batched import most_slices
 from gradreg.lab.data.places import standing_for
 from gradreg.lab.folder import BadInput, append_line
 from gradreg.lab.player import play, run_all, without_main
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.records import sealed
 from gradreg.lab.runs import Job, record
-from gradreg.lab.sweep.board import ERROR
-from gradreg.lab.sweep.plan import Sweep, from_plan
-from gradreg.lab.sweep.schedule import Schedule, Status, SweepSchedule
-from gradreg.lab.sweep.storage import Place
-from gradreg.lab.sweep.study import Study
-from gradreg.lab.tasks import Source, know, metric_of
+from gradreg.lab.study.board import ERROR
+from gradreg.lab.study.schedule import Schedule, Status
+from gradreg.lab.study.storage import Place
+from gradreg.lab.study.study import Study
+from gradreg.lab.tasks import Source, know
 
 STACKS = 4
 """That a worker takes at a time."""
@@ -50,6 +47,8 @@ class Worker:
     folder: Path
     """Takes a line of runs.jsonl for each run that finishes here."""
     place: Place
+    schedule_of: Callable[[Mapping[str, Any]], Schedule]
+    """Of the plan in the study; a function of a module, which other processes find by its name."""
     is_batched: bool
     count: int = 1
     """Workers on this machine, among whom a batch is shared out."""
@@ -59,27 +58,16 @@ class Worker:
     """The path of the configuration's data, and the place that it stands for."""
 
 
-def can_batch(sweep: Sweep) -> bool:
-    """Whether the batched engine takes every run of the sweep."""
-    return all(is_stackable(replace(sweep.base, **point)) for point in sweep.examples)
-
-
-def should_batch(sweep: Sweep) -> bool:
-    """Whether it is the faster way for every run."""
-    return all(is_worthwhile(replace(sweep.base, **point)) for point in sweep.examples)
-
-
 def work(worker: Worker, report: Callable[[Status], None] = lambda status: None) -> None:
-    """Run what is left of a sweep, and stay until others have finished what they have.
+    """Run what is left of a study, and stay until others have finished what they have.
 
     Raises:
         BadInput: the study cannot be used, or some run has failed so often that it was given up.
     """
     with Study(worker.place) as study:
-        schedule = schedule_for(study.plan)
+        schedule = worker.schedule_of(study.plan)
         most = _batch_size(schedule, worker) if worker.is_batched else 1
-        if isinstance(schedule, SweepSchedule):
-            schedule.look_ahead(most)
+        schedule.look_ahead(most)
         while True:
             board = study.claim(schedule.wanted, most, schedule.attempts)
             status = schedule.status(board)
@@ -92,15 +80,6 @@ def work(worker: Worker, report: Callable[[Status], None] = lambda status: None)
                 raise BadInput(schedule.given_up(board))
             else:
                 time.sleep(PAUSE)
-
-
-def schedule_for(plan: Mapping[str, Any]) -> Schedule:
-    """The order of the runs of a plan, as its study has it."""
-    if plan.get("kind") == comparison.KIND:
-        own = comparison.Plan.from_row(plan)
-        return ComparisonSchedule(own, metric_of(own.base))
-    sweep = from_plan(plan)
-    return SweepSchedule(sweep, metric_of(sweep.base))
 
 
 def _batch_size(schedule: Schedule, worker: Worker) -> int:

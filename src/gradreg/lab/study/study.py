@@ -1,4 +1,4 @@
-"""The study of a sweep: which runs there are, who has which, what came out. It lies in a journal file or a database.
+"""A study: which runs there are, who has which, what came out. It lies in a journal file or a database.
 
 A run is a *trial* of Optuna, known by its key. WAITING → RUNNING is Optuna's atomic change of state, so that one worker
 gets it; COMPLETE holds the result; FAIL says that the attempt came to nothing, and the run is entered again as a new
@@ -33,9 +33,9 @@ from optuna.trial import FrozenTrial, TrialState
 from gradreg.lab.config import FIELDS
 from gradreg.lab.folder import BadInput
 from gradreg.lab.runs import Result
-from gradreg.lab.sweep.board import DUPLICATE, INTERRUPTED, LOST, Board, Entry
-from gradreg.lab.sweep.journal import Spoiled, hold, locked
-from gradreg.lab.sweep.storage import Place, open_storage, sqlite_file
+from gradreg.lab.study.board import DUPLICATE, INTERRUPTED, LOST, Board, Entry
+from gradreg.lab.study.journal import Spoiled, hold, locked
+from gradreg.lab.study.storage import Place, open_storage, sqlite_file
 
 T = TypeVar("T")
 
