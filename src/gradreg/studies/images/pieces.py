@@ -71,6 +71,13 @@ PIECES: dict[str, Piece] = {
             CHEAPER,
             13,
         ),
+        Piece(
+            "vit-28-few",
+            "ViT, 28×28 pixels, 1,000 rows",
+            replace(_VIT, num_train=1000, batch_size=50, epochs=40),
+            CHEAPER,
+            13,
+        ),
         Piece("resnet-14-clean", "ResNet-10, 14×14 pixels, clean labels", _SMALLER, CLAIMED),
         Piece(
             "resnet-14-large-batch",
