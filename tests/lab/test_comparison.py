@@ -513,7 +513,7 @@ REFUSED = [
     ("compare digits --budget never", "--budget must be a time with its unit"),
     ("compare digits --resume nowhere", "--resume must be the folder of a comparison, got 'nowhere': No such file"),
     ("compare digits --resume x --out y", "--out must be left out with --resume"),
-    ("compare digits --resume x --epochs 3", "--resume must stand alone but for TASK, --storage and --workers"),
+    ("compare digits --resume x --epochs 3", "--resume must stand alone but for TASK, --storage, --workers and --log"),
     ("compare digits --study x", "--study must be given with --storage"),
     ("compare digits --by value", "--by must be one of ratio, gamma"),
     ("compare digits --gamma 3", "Unknown option: --gamma"),

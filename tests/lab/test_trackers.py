@@ -209,3 +209,63 @@ def test_mlflow_takes_it_in_a_file(tmp_path, monkeypatch):
     found = mlflow.MlflowClient().get_run(trackers._known(tmp_path / "run", "mlflow"))
     assert found.data.metrics["test_accuracy"] == results(tmp_path / "run")["test_accuracy"]
     assert (found.info.status, found.data.params["epochs"]) == ("FINISHED", "3")
+
+
+GRID = """
+base: {data: digits, num_train: 100, batch_size: 20, width: 8, epochs: 2}
+grid: [{method: SGD}, {method: SAM, rho: [0.05, 0.1]}]
+seeds: 2
+"""
+
+
+def sweep(folder):
+    (folder / "grid.yaml").write_text(GRID, encoding="utf-8")
+    return f"sweep {folder / 'grid.yaml'} --workers 1 --out {folder / 'out'}"
+
+
+def test_each_test_run_of_a_sweep_is_a_run_of_the_tracker(wandb, mlflow, tmp_path):
+    assert status(f"{sweep(tmp_path)} --log wandb --log mlflow") == 0
+    lines = [opened(line) for line in (tmp_path / "out" / "runs.jsonl").read_bytes().splitlines()]
+    tested = {(line["method"], line["seed"]): line for line in lines if line["scored_on"] == "test"}
+    assert len(tested) == len(wandb.runs) == len(mlflow.runs) == 4
+    for run in wandb.runs.values():
+        line = tested[run["config"]["method"], run["config"]["seed"]]
+        assert run["summary"]["test_accuracy"] == line["accuracy"]
+        assert [step for step, _ in run["rows"]] == [moment["step"] for moment in line["trace"]]
+        assert run["rows"][0][1]["train_loss"] == line["trace"][0]["train_loss"]
+        assert run["finished"] == 1
+    assert {run["name"] for run in wandb.runs.values()} == {f"out-{m}-{s}" for m in ("SGD", "SAM") for s in (0, 1)}
+    assert all(run["status"] == ["FINISHED"] for run in mlflow.runs.values())
+    assert status(f"sweep --resume {tmp_path / 'out'} --log wandb") == 0
+    assert len(wandb.runs) == 4  # the same runs again
+
+
+def test_each_test_run_of_a_comparison_names_its_arm(wandb, tmp_path):
+    line = "compare digits --num-train 100 --batch-size 20 --width 8 --epochs 2 --trials 1 --seeds 2 --methods SAM"
+    assert status(f"{line} --workers 1 --out {tmp_path / 'out'} --log wandb") == 0
+    arms = [run["config"]["arm"] for run in wandb.runs.values()]
+    assert sorted(arms) == ["SAM"] * 2 + ["SGD"] * 2 + ["SGD, twice as long"] * 2
+
+
+def test_a_tracker_that_is_not_ready_at_the_end_costs_nothing(wandb, tmp_path, monkeypatch, capsys):
+    def nobody(**given):
+        raise RuntimeError("nobody is logged in")
+
+    monkeypatch.setattr(wandb, "init", nobody)
+    assert status(f"{sweep(tmp_path)} --log wandb") == 2
+    out, err = capsys.readouterr()
+    assert "read once" in out
+    assert len(err.splitlines()) == 1 or "nobody is logged in" in err.splitlines()[-1]
+    assert f"--resume {tmp_path / 'out'} --log wandb" in err
+    assert (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.parametrize("command", ["sweep", "compare digits"])
+def test_studies_refuse_a_tracker_that_is_none_or_not_there(command, tmp_path, monkeypatch, capsys):
+    words = sweep(tmp_path) if command == "sweep" else f"{command} --out {tmp_path / 'out'}"
+    assert status(f"{words} --log wandbb") == 2
+    assert "--log must be" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert status(f"{words} --log wandb") == 2
+    assert "--log wandb needs the package wandb" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

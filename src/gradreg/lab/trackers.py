@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +20,9 @@ from typing import Any, Protocol
 from uuid import uuid4
 
 from gradreg._install import how
+from gradreg.lab.config import FIELDS
 from gradreg.lab.folder import BadInput, write_json
+from gradreg.lab.records import kept_lines
 
 Row = Mapping[str, Any]
 
@@ -151,6 +154,43 @@ def tracking(names: Sequence[str], folder: Path, config: Row, step: int) -> Iter
         yield opened
     finally:
         opened.close()
+
+
+def send(names: Sequence[str], folder: Path, again: str) -> None:
+    """Each test run of a study that has ended as a run of each tracker: its configuration, its curve, its score.
+
+    Args:
+        names: of trackers.
+        folder: of the study; log/ in it takes what the trackers keep on disk.
+        again: the command that goes on with it, and would send them once more.
+
+    Raises:
+        NotReady: a tracker cannot be opened.
+    """
+    options = " ".join(f"--log {name}" for name in names)
+    for line in kept_lines(folder / "runs.jsonl") if names else ():
+        if line["scored_on"] != "test":
+            continue
+        arm = line.get("arm", line["method"])
+        place = folder / "log" / f"{folder.resolve().name}-{re.sub('[^A-Za-z0-9.-]+', '-', arm)}-{line['seed']}"
+        place.mkdir(parents=True, exist_ok=True)
+        config = {"arm": arm, **{name: line[name] for name in FIELDS if name in line}}
+        curve = line.get("trace", ())
+        try:
+            opened = Tracking(names, place, config, 0)
+        except NotReady as error:
+            raise NotReady(
+                f"{str(error).rstrip('.')}. The study has ended and is kept; send it with: {again} {options}."
+            ) from None
+        for moment in curve:
+            opened.log(_numbers(moment), int(moment["step"]))
+        ends = {f"test_{name}": line[name] for name in ("accuracy", "score") if name in line}
+        opened.results = _numbers({**ends, **{name: line.get(name) for name in ("train_loss", "grad_norm", "seconds")}})
+        opened.close()
+
+
+def _numbers(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
 
 
 def _package(name: str) -> Any:

@@ -12,11 +12,23 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from gradreg.lab.commands.config_options import with_fields
-from gradreg.lab.commands.options import LAST_SEED, Out, TaskWord, Workers, app, gone_on_with, switch, whole
+from gradreg.lab.commands.options import (
+    LAST_SEED,
+    Log,
+    Out,
+    TaskWord,
+    Workers,
+    app,
+    gone_on_with,
+    switch,
+    trackers,
+    whole,
+)
 from gradreg.lab.config import FIELDS, SETTINGS, from_mapping
 from gradreg.lab.folder import BadInput, new_folder
 from gradreg.lab.names import one_of
 from gradreg.lab.task_names import together
+from gradreg.lab.trackers import check, send
 
 OWN = (
     "file",
@@ -73,6 +85,7 @@ def compare(
     study: Annotated[
         str | None, Parameter(name="--study", help="Name of the comparison in the database; by default the folder's.")
     ] = None,
+    log: Log = None,
     out: Out = None,
     workers: Workers = None,
     **given: Any,
@@ -83,6 +96,8 @@ def compare(
     the best of each is trained with several seeds and read on test rows, once. May be killed at any time; --resume goes
     on, and, given in other terminals or on other machines, shares the work.
     """
+    sent_to = trackers(log or ())
+    check(sent_to)
     by = one_of("--by", by, ("ratio", "gamma"))
     if methods is not None and not methods:
         raise BadInput("--methods must name at least one method, got nothing.")
@@ -139,6 +154,7 @@ def compare(
     with gone_on_with("gradreg", "compare", *words, "--resume", folder):
         results = run.carry_out(plan, folder, place, count)
     show(results, folder)
+    send(sent_to, folder, shlex.join(["gradreg", "compare", *words, "--resume", str(folder)]))
 
 
 def _plans(*given: Any) -> bool:
@@ -172,7 +188,9 @@ def _check_options(
             if value is not None:
                 raise BadInput(f"{name} must be left out with --resume, whose folder decides it.")
         if given or _plans(*planned):
-            raise BadInput("--resume must stand alone but for TASK, --storage and --workers: it goes on as it began.")
+            raise BadInput(
+                "--resume must stand alone but for TASK, --storage, --workers and --log: it goes on as it began."
+            )
     elif task is None:
         raise BadInput("TASK must be given: FILE.py, FILE.py:NAME, or a built-in task such as digits.")
     if study is not None and storage is None:

@@ -13,6 +13,8 @@ from cyclopts import App, Parameter
 import gradreg
 from gradreg.lab.config import DATA, FIELDS, checked
 from gradreg.lab.folder import BadInput, Hopeless
+from gradreg.lab.names import one_of
+from gradreg.lab.trackers import TRACKERS
 
 app = App(
     name="gradreg",
@@ -90,11 +92,23 @@ def nothing_in(folder: Path) -> Iterator[None]:
         raise OSError(error.errno, f"{error.strerror or error}; no result was written to {folder}") from error
 
 
+def trackers(asked: Sequence[str]) -> tuple[str, ...]:
+    """
+    Raises:
+        BadInput: no such tracker.
+    """
+    return tuple(dict.fromkeys(one_of("--log", name, list(TRACKERS)) for name in asked))
+
+
 Out = Annotated[Path | None, Parameter(name="--out", help="New or empty folder; by default results/COMMAND-TIME.")]
 Write = Annotated[
     Path | None, Parameter(name="--write", help="Also write the page here: FILE.md, and figures/ beside it.")
 ]
 Workers = Annotated[int | None, whole("--workers", 1, MOST_WORKERS, "Processes, one thread each; by default 2")]
+Log = Annotated[
+    list[str] | None,
+    Parameter(name="--log", negative="", help=f"Where the numbers go too: {', '.join(TRACKERS)}; may be repeated."),
+]
 Device = Annotated[str, Parameter(name="--device", converter=_device, help="auto, cpu or cuda.")]
 TaskWord = Annotated[
     str | None,

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from gradreg.lab.commands.options import LAST_SEED, Out, Workers, app, gone_on_with, whole
+from gradreg.lab.commands.options import LAST_SEED, Log, Out, Workers, app, gone_on_with, trackers, whole
 from gradreg.lab.folder import BadInput, new_folder
 from gradreg.lab.task_names import fields_of
+from gradreg.lab.trackers import check, send
 
 if TYPE_CHECKING:
     from gradreg.lab.study.storage import Place
@@ -59,6 +60,7 @@ def sweep(
         int | None,
         whole("--grace", 2, 86_400, "Seconds without a sign after which a worker on a database is taken for dead"),
     ] = None,
+    log: Log = None,
     out: Out = None,
     workers: Workers = None,
 ) -> None:
@@ -78,6 +80,8 @@ def sweep(
     from gradreg.lab.sweep.schedule import SweepSchedule, schedule_of
     from gradreg.lab.tasks import sources
 
+    sent_to = trackers(log or ())
+    check(sent_to)
     own = fields_of(task)
     changes = {"seed": seed, "epochs": epochs, "path": path, "device": device}
     asked = _read(config, {k: v for k, v in changes.items() if v is not None}, seeds, search, own)
@@ -114,6 +118,7 @@ def sweep(
         )
         results = sweep_folder.conclude(folder, place, sweep)
     sweep_folder.print_table(results, folder)
+    send(sent_to, folder, shlex.join(["gradreg", "sweep", *words, "--resume", str(folder)]))
 
 
 def _read(

@@ -14,12 +14,10 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from gradreg.lab.commands.config_options import with_fields
-from gradreg.lab.commands.options import Out, TaskWord, app, switch, whole
+from gradreg.lab.commands.options import Log, Out, TaskWord, app, switch, trackers, whole
 from gradreg.lab.config import FIELDS, RunConfig, by_field, checked, from_mapping
 from gradreg.lab.folder import BadInput
-from gradreg.lab.names import one_of
 from gradreg.lab.task_names import together
-from gradreg.lab.trackers import TRACKERS
 
 
 @app.command
@@ -35,10 +33,7 @@ def train(
     ] = None,
     checkpoint_every: Annotated[int | None, whole("--checkpoint-every", 1, 10**6, "Epochs; by default 1")] = None,
     keep: Annotated[int | None, whole("--keep", 1, 10**6, "Checkpoints that are kept; by default 3")] = None,
-    log: Annotated[
-        list[str] | None,
-        Parameter(name="--log", negative="", help=f"Where the metrics go too: {', '.join(TRACKERS)}; may be repeated."),
-    ] = None,
+    log: Log = None,
     tensorboard: Annotated[bool, switch("--tensorboard", "The same as --log tensorboard.")] = False,
     **given: Any,
 ) -> None:
@@ -49,8 +44,7 @@ def train(
     """
     with _refusal_from_one():  # before torch is imported, which takes seconds
         given = {**(_read_yaml(config) if config else {}), **given}
-        asked = [*(log or ()), *(["tensorboard"] if tensorboard else [])]
-        names = tuple(dict.fromkeys(one_of("--log", name, list(TRACKERS)) for name in asked))
+        names = trackers([*(log or ()), *(["tensorboard"] if tensorboard else [])])
         if resume is None:
             fields = from_mapping(together(task, given))
         else:

@@ -7,7 +7,7 @@ All on test rows but the last three, which are the plain loss on 1,000 training 
 - accuracy under *noise* (Gaussian, deviation 0.5 of that of the pixels), *blur* (means over 3×3 pixels) and low
   *contrast* (a third of it), corruptions in the manner of Hendrycks and Dietterich (ICLR 2019), made here;
 - accuracy with *weights rounded* to 8 and 4 bits: matrices and kernels, each to equal steps up to its largest entry;
-- accuracy on the classes of the second half after one gentle epoch of fine-tuning on those of the first: what is *kept*;
+- accuracy on the second half of the classes after a gentle epoch of fine-tuning on the first: what is *kept*;
 - ‖∇L‖, tr H and λ_max.
 """
 
