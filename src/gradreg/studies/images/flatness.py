@@ -3,7 +3,8 @@
 All on test rows but the last three, which are the plain loss on 1,000 training rows in evaluation mode:
 
 - *ECE*, the expected calibration error: Σ_b (n_b/n) |accuracy_b − confidence_b| over 15 bins of equal width of the
-  largest probability (Guo et al., On Calibration of Modern Neural Networks, ICML 2017);
+  largest probability (Guo et al., On Calibration of Modern Neural Networks, ICML 2017); and the mean of that
+  probability, how *sure* the model is;
 - accuracy under *noise* (Gaussian, deviation 0.5 of that of the pixels), *blur* (means over 3×3 pixels) and low
   *contrast* (a third of it), corruptions in the manner of Hendrycks and Dietterich (ICLR 2019), made here;
 - accuracy with *weights rounded* to 8 and 4 bits: matrices and kernels, each to equal steps up to its largest entry;
@@ -41,6 +42,7 @@ FINE_TUNING_RATE = 1e-3
 """At 0.01 nothing of the other classes is kept by any model, at 1e-4 nearly all by each."""
 MEASURES = {
     "ece": "ECE",
+    "sure": "sure",
     "noise": "noise",
     "blur": "blur",
     "contrast": "contrast",
@@ -52,7 +54,7 @@ MEASURES = {
     "top": "λ_max",
 }
 """What is measured, as the table heads it."""
-SHARES = ("ece", "noise", "blur", "contrast", "bits_8", "bits_4", "kept")
+SHARES = ("ece", "sure", "noise", "blur", "contrast", "bits_8", "bits_4", "kept")
 """Shares of the test rows, shown in percent."""
 
 
@@ -78,7 +80,8 @@ def measure(kept: Kept) -> dict[str, float]:
         return made.eval()
 
     plain = model()
-    found = {"ece": calibration_error(*predictions(plain, test))}
+    confidence, right = predictions(plain, test)
+    found = {"ece": calibration_error(confidence, right), "sure": confidence.mean().item()}
     with seeded(kept.config.seed):
         corrupted = {name: Part(change(test.x), test.y) for name, change in CORRUPTIONS.items()}
     found |= {name: objective.evaluate(plain, part).score for name, part in corrupted.items()}

@@ -43,7 +43,9 @@ def piece_row(piece: Piece, results: Mapping[str, Any], models: Sequence[Mapping
         "plan": results["plan"],
         "verdict": verdict({**results, "task": piece.about}),
         "arms": list(arms.values()),
-        "claims": [_claim(*claim, arms) for claim in CLAIMS if {claim[2], claim[3]} <= set(arms)],
+        "claims": [
+            _claim(*claim, arms) for claim in CLAIMS if piece.judges_claims and {claim[2], claim[3]} <= set(arms)
+        ],
         "kept": _kept(arms),
         "flatness": flatness_rows(models, list(arms)),
     }
