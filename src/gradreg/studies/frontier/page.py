@@ -71,7 +71,13 @@ def sentences(results: Row) -> list[str]:
         word = "beyond noise" if is_judged else "**not beyond noise**: it shows nothing to retain, and is not judged"
         gain = plus_minus(task["gain"], 1, "+")
         lines.append(f"{task['name']} ({task['about']}): full − plain {gain} points, {word}.")
-    for goal in results["goals"]:
+    return lines + reached(results["goals"])
+
+
+def reached(goals: Sequence[Row]) -> list[str]:
+    """Which modes reach what a mode should."""
+    lines = []
+    for goal in goals:
         names = ", ".join(goal["reached"]) or "none"
         nearly = f" In the mean only: {', '.join(goal['nearly'])}." if goal["nearly"] else ""
         lines.append(f"{goal['goal'][0].upper()}{goal['goal'][1:]}, by its interval on each of these: {names}.{nearly}")

@@ -12,9 +12,13 @@ from gradreg.lab.page import Block, Code, Figure, Heading, Items, Page, made, pl
 from gradreg.lab.tables import Table
 from gradreg.lab.words import BRACKETS, listed, number, plural, points, ranged
 from gradreg.studies.claims.claim import FAILS, HOLDS, UNDECIDED
+from gradreg.studies.frontier.figure import pareto_figure
+from gradreg.studies.frontier.page import reached
+from gradreg.studies.frontier.summary import goals, panels
 from gradreg.studies.images.figures import gains_figure
 from gradreg.studies.images.flatness import MEASURES, SHARES
 from gradreg.studies.images.pieces import PIECES
+from gradreg.studies.images.summary import as_tasks
 
 Row = Mapping[str, Any]
 
@@ -153,7 +157,14 @@ def _kept(results: Row) -> list[Block]:
             Heading("What cheaper modes keep"),
             "In no piece does F-GR gain beyond noise: there is nothing to keep.",
         ]
-    return [Heading("What cheaper modes keep"), kept_table(results), Items(notes()[1:2])]
+    tasks = as_tasks(results["pieces"])
+    return [
+        Heading("What cheaper modes keep"),
+        Items(reached(goals(tasks))),
+        *([Figure("kept", pareto_figure(panels(tasks)), KEPT)] if tasks else []),
+        kept_table(results),
+        Items(notes()[1:2]),
+    ]
 
 
 def _section(piece: Row) -> list[Block]:
@@ -170,6 +181,10 @@ def _section(piece: Row) -> list[Block]:
     ]
 
 
+KEPT = (
+    "The share of F-GR's gain that each arm keeps, over what it costs on the very network, with 95 % intervals. Plain "
+    "training is at (1, 0); what lies on the line is the most that can be kept at that cost."
+)
 GAINS = (
     "What each arm gains over plain training, mean and 95 % interval of the paired differences on 10,000 test rows. "
     "Right of the dashed line is better; a hollow circle may be zero."

@@ -12,6 +12,7 @@ from gradreg.lab.comparison.arms import BASELINE, LONGER, arm_of
 from gradreg.lab.comparison.result import verdict
 from gradreg.lab.metric import ACCURACY
 from gradreg.studies.claims.claim import FAILS, HOLDS, UNDECIDED
+from gradreg.studies.frontier.modes import FULL, PLAIN
 from gradreg.studies.frontier.retention import retention
 from gradreg.studies.images.flatness import MEASURES
 from gradreg.studies.images.pieces import LARGE, SMALL, Piece
@@ -77,6 +78,28 @@ def _kept(arms: Mapping[str, Row]) -> list[Row]:
     ]
 
 
+def as_tasks(pieces: Sequence[Row]) -> list[Row]:
+    """The pieces in which there is something to keep, as tasks of the frontier, with the costs measured in them."""
+    return [
+        {
+            "name": piece["about"],
+            "verdict": stats.BETTER,
+            "modes": [
+                *({"name": name, "retention": None, "cost": {"larger": cost}} for name, cost in _ends(piece).items()),
+                *({**row, "cost": {"larger": row["cost"]}, "is_opponent": row["name"] == LONGER} for row in kept),
+            ],
+        }
+        for piece in pieces
+        if (kept := [row for row in piece["kept"] if row["cost"]])
+    ]
+
+
+def _ends(piece: Row) -> dict[str, Row]:
+    """What plain training and the full method cost, by the names that the frontier has for them."""
+    costs = {row["name"]: row["cost"] for row in piece["arms"]}
+    return {PLAIN.name: costs[BASELINE], FULL.name: costs["F-GR"]}
+
+
 def flatness_rows(models: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> list[Row]:
     """The mean of each measure over the seeds of each arm, and on which side of SGD its paired interval lies."""
     by_arm = {arm: {row["seed"]: row for row in models if row["arm"] == arm} for arm in arms}
@@ -86,8 +109,9 @@ def flatness_rows(models: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> l
             continue
         cells = {}
         for name in MEASURES:
-            finite = {seed: row[name] for seed, row in rows.items() if row[name] is not None}
-            plain = {seed: row[name] for seed, row in by_arm[BASELINE].items() if row[name] is not None}
+            # Lines of an earlier version lack what came later.
+            finite = {seed: row[name] for seed, row in rows.items() if row.get(name) is not None}
+            plain = {seed: row[name] for seed, row in by_arm[BASELINE].items() if row.get(name) is not None}
             shared = [seed for seed in finite if seed in plain]
             side = 0
             if arm != BASELINE and len(shared) > 1:
