@@ -109,7 +109,8 @@ INTERVALS = "Intervals of all sub-claims, each over its own far end: right of th
 INTRODUCTION = (
     "Karakida et al., [Understanding Gradient Regularization in Deep Learning](https://arxiv.org/abs/2210.02720) "
     "(ICML 2023), make five claims. Each is code in `gradreg.studies.claims`: what is measured, in which settings, and "
-    "by which rule it is judged, all fixed before the measurement. This page is what the command wrote."
+    "by which rule it is judged, all fixed before the measurement. This page is what the command wrote. Its tasks are "
+    "small: on [real images with a ResNet](images.md) not all of (b) comes out as here."
 )
 AFTERWORD: tuple[Block, ...] = (
     Heading("At the size of the paper"),
