@@ -35,6 +35,8 @@ _RESNET = RunConfig(
     weight_decay=5e-4,
 )
 _SMALLER = replace(_RESNET, shrink=2)
+_LARGER = replace(_RESNET, channels_last=True)
+"""A third less time a step on a CPU."""
 _VIT = replace(_RESNET, model="vit", depth=4, width=32, optimizer="adamw", learning_rate=1e-3, weight_decay=0.05)
 _EFFORT = Effort(trials=9, seeds=5, search_seeds=1, finalists=3, final_seeds=1, search_epochs=5)
 
@@ -108,8 +110,8 @@ PIECES: dict[str, Piece] = {
         Piece("resnet-14-clean", "ResNet-10, 14×14 pixels, clean labels", _SMALLER, CLAIMED),
         Piece("vit-28-noisy", "ViT, 28×28 pixels, 25 % random labels", _noisy(_VIT), METHODS),
         Piece("vit-28-clean", "ViT, 28×28 pixels, clean labels", _VIT, METHODS),
-        Piece("resnet-28-noisy", "ResNet-10, 28×28 pixels, 25 % random labels", _noisy(_RESNET), METHODS),
-        Piece("resnet-28-clean", "ResNet-10, 28×28 pixels, clean labels", _RESNET, METHODS),
+        Piece("resnet-28-noisy", "ResNet-10, 28×28 pixels, 25 % random labels", _noisy(_LARGER), METHODS),
+        Piece("resnet-28-clean", "ResNet-10, 28×28 pixels, clean labels", _LARGER, METHODS),
     )
 }
 """In the order in which they are played: what costs least and says most comes first."""
