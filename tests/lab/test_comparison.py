@@ -153,6 +153,20 @@ def test_a_field_of_an_arm_can_be_held():
     assert Plan.from_row(json.loads(json.dumps(plan.as_row()))) == plan
 
 
+def test_a_search_asks_for_nothing_that_a_method_does_not_bear():
+    """Split displaces a share γ/ε of the batch: a third of ε lies below γ for one of its starts."""
+    base = RunConfig(data="digits", weight_decay=0.001)
+    arm = arms.arm_of("Split", "ratio")
+    search, asked = arm.search(base, arms.center_of(base), 40), []
+    while points := search.ask():
+        for point in points:
+            arm.config(base, point, seed=0)  # raises where there can be no run
+            search.tell(point, [-point["epsilon"]])  # the smallest ε is best: it goes where γ is in the way
+        asked += points
+    assert len(asked) == 40
+    assert min(point["epsilon"] for point in asked) < 0.2
+
+
 def test_short_runs_search_and_long_ones_choose(recorded):
     """Short runs mislead here: they are best at the largest learning rate, long ones at 0.01."""
 

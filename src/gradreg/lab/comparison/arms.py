@@ -70,12 +70,23 @@ class Arm:
         own = {"method": self.method, "epochs": base.epochs * self.epochs, "seed": seed}
         return replace(base, **{**own, **self.fixed, **point})
 
-    def search(self, center: Point, trials: int) -> Climb:
-        """Around the settings of the arm, at a center of learning rate and weight decay."""
+    def search(self, base: RunConfig, center: Point, trials: int) -> Climb:
+        """Around the settings of the arm, at a center of learning rate and weight decay, where there can be a run."""
+
+        def neighbors(point: Point, step: float) -> list[Point]:
+            return [found for found in around(point, step) if self._bears(base, found)]
+
         start: Sequence[Point] = [{**center, **settings} for settings in self.settings]
         if self.settings == ({},):
-            start = [center, *around(center, STEP)]
-        return Climb(start, trials, around, shrinking(STEP))
+            start = [center, *neighbors(center, STEP)]
+        return Climb(start, trials, neighbors, shrinking(STEP))
+
+    def _bears(self, base: RunConfig, point: Point) -> bool:
+        try:
+            self.config(base, point, 0)
+        except BadInput:  # such as a γ of Split that is not below its ε
+            return False
+        return True
 
 
 def around(point: Point, step: float) -> list[Point]:

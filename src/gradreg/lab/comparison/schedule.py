@@ -81,7 +81,7 @@ class ComparisonSchedule(Schedule):
         plan, points = self.plan, self._entered(a, board)
         runs = [self._runs(f"{a}-{k}", plan.search_seeds, results) for k in range(len(points))]
         tried = list(zip(points, runs))
-        search = self.arms[a].search(center, plan.effort.trials)
+        search = self.arms[a].search(plan.base, center, plan.effort.trials)
         asked = replayed(search, [(p, None if r is None else self._worths(r)) for p, r in tried])
         everything = [*points, *asked]
         entries = [
