@@ -165,6 +165,8 @@ def test_a_search_asks_for_nothing_that_a_method_does_not_bear():
         asked += points
     assert len(asked) == 40
     assert min(point["epsilon"] for point in asked) < 0.2
+    held = arms.arm_of("Split:epsilon=0.3", "ratio")
+    assert [point["gamma"] for point in held.search(base, arms.center_of(base), 40).ask()] == [0.1, 0.25]
 
 
 def test_short_runs_search_and_long_ones_choose(recorded):

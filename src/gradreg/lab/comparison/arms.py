@@ -73,13 +73,16 @@ class Arm:
     def search(self, base: RunConfig, center: Point, trials: int) -> Climb:
         """Around the settings of the arm, at a center of learning rate and weight decay, where there can be a run."""
 
+        def possible(points: Sequence[Point]) -> list[Point]:
+            return [point for point in points if self._bears(base, point)]
+
         def neighbors(point: Point, step: float) -> list[Point]:
-            return [found for found in around(point, step) if self._bears(base, found)]
+            return possible(around(point, step))
 
         start: Sequence[Point] = [{**center, **settings} for settings in self.settings]
         if self.settings == ({},):
-            start = [center, *neighbors(center, STEP)]
-        return Climb(start, trials, neighbors, shrinking(STEP))
+            start = [center, *around(center, STEP)]
+        return Climb(possible(start), trials, neighbors, shrinking(STEP))
 
     def _bears(self, base: RunConfig, point: Point) -> bool:
         try:
