@@ -126,8 +126,10 @@ def work_together(worker: Worker, schedule: Schedule) -> None:
         def report(status: Status) -> None:
             progress(status.text, status.done, status.planned)
 
-        progress("starting", 0, schedule.num_runs)
-        if worker.count == 1 or _is_finished(worker.place, schedule):
+        with Study(worker.place) as study:
+            status = schedule.status(study.board())
+        progress("starting", status.done, status.planned)  # what was done before says nothing of the time that is left
+        if worker.count == 1 or status.is_finished:
             work(worker, report)
             return
         spawn = multiprocessing.get_context("spawn")
@@ -147,11 +149,6 @@ def work_together(worker: Worker, schedule: Schedule) -> None:
                     raise BadInput(_last_words([pipe for pipe, _ in pipes]))
         finally:
             _end(processes)
-
-
-def _is_finished(place: Place, schedule: Schedule) -> bool:
-    with Study(place) as study:
-        return schedule.status(study.board()).is_finished
 
 
 @contextmanager
