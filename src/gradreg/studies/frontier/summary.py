@@ -141,7 +141,9 @@ def goals(tasks: Sequence[Row]) -> list[Row]:
     found = []
     for text, most, least in GOALS:
         reached, nearly = [], []
-        for name in [row["name"] for row in tasks[0]["modes"] if row["name"] not in (PLAIN.name, FULL.name)]:
+        for name in dict.fromkeys(row["name"] for task in tasks for row in task["modes"]):
+            if name in (PLAIN.name, FULL.name):
+                continue
             rows = [row for task in tasks for row in task["modes"] if row["name"] == name]
             kept = [row["retention"] for row in rows]
             if any(k is None for k in kept) or any(price(row) > most for row in rows):
