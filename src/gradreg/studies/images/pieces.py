@@ -75,7 +75,7 @@ PIECES: dict[str, Piece] = {
         Piece("resnet-14-noisy", "ResNet-10, 14×14 pixels, 25 % random labels", _noisy(_SMALLER), CLAIMED),
         Piece(
             "resnet-14-modes",
-            "ResNet-10, 14×14 pixels, 25 % random labels, cheaper modes",
+            "ResNet-10, 25 % random labels: cheaper modes",
             _noisy(_SMALLER),
             MODES,
             judges_claims=False,
