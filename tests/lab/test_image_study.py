@@ -19,10 +19,11 @@ from gradreg.lab.data.parts import Part
 from gradreg.lab.page import markdown
 from gradreg.lab.records import read_record
 from gradreg.studies.claims.claim import FAILS, HOLDS, UNDECIDED
+from gradreg.studies.frontier.summary import goals
 from gradreg.studies.images import flatness, pieces, run
-from gradreg.studies.images.page import page
+from gradreg.studies.images.page import judged, page
 from gradreg.studies.images.pieces import PIECES, Piece
-from gradreg.studies.images.summary import flatness_rows, piece_row
+from gradreg.studies.images.summary import as_tasks, flatness_rows, piece_row
 
 # Measures.
 
@@ -273,3 +274,45 @@ def test_a_piece_of_another_version_is_not_mixed_in(clothes, monkeypatch, capsys
     assert main(["images", "--resume", "a", "--workers", "1"]) == 2
     assert "resnet-14-noisy must be that of this version" in capsys.readouterr().err
     shutil.rmtree(clothes / "a")
+
+
+def test_a_goal_is_held_against_the_modes_of_every_piece():
+    """Pieces have modes of their own: one that is in the second alone counts where it is."""
+
+    def piece(name, **kept):
+        cost = {"median": 2.0, "low": 2.0, "high": 2.0}
+        rows = [
+            {"name": arm, "cost": {**cost, "median": c}, "retention": {"mean": m, "low": low, "high": 2.0}}
+            for arm, (c, m, low) in kept.items()
+        ]
+        return {"about": name, "arms": [{"name": arm, "cost": cost} for arm in ("SGD", "F-GR")], "kept": rows}
+
+    first = piece("a", cheap=(1.05, 0.95, 0.92))
+    second = piece("b", cheap=(1.05, 0.95, 0.8), MSAM=(1.05, 1.0, 0.95), SAM=(2.0, 1.5, 1.2))
+    least, _, _ = goals(as_tasks([first, second, {**second, "kept": []}]))
+    assert (least["reached"], least["nearly"]) == (["MSAM"], ["cheap"])
+
+
+def test_claims_that_do_not_hold_are_named():
+    def claim(key, verdict):
+        return {"key": key, "first": "F-GR", "second": "B-GR", "verdict": verdict, "difference": DIFFERENCE}
+
+    pieces = [{"name": "resnet", "claims": [claim("b1", "holds"), claim("b2", "does not hold here")]}]
+    said = judged({"pieces": pieces})
+    assert "1 hold, 1 fail and 0 are undecided" in said
+    assert "**Does not hold here:** b2 on resnet (F-GR − B-GR −0.4 (−0.7 to −0.1))" in said
+    assert "Does not hold" not in judged({"pieces": [{"name": "resnet", "claims": [claim("b1", "holds")]}]})
+
+
+DIFFERENCE = {"mean": -0.004, "low": -0.007, "high": -0.001}
+
+
+def test_lines_of_before_a_measure_came_leave_it_open():
+    models = [
+        {"arm": arm, "seed": seed, **dict.fromkeys(flatness.MEASURES, 0.5)} for arm in ("SGD", "SAM") for seed in (0, 1)
+    ]
+    for line in models:
+        del line["sure"]
+    rows = flatness_rows(models, ["SGD", "SAM"])
+    assert all(row["measures"]["sure"] == {"mean": None, "side": 0} for row in rows)
+    assert all(row["measures"]["ece"]["mean"] == 0.5 for row in rows)

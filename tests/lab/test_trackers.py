@@ -255,8 +255,9 @@ def test_a_tracker_that_is_not_ready_at_the_end_costs_nothing(wandb, tmp_path, m
     assert status(f"{sweep(tmp_path)} --log wandb") == 2
     out, err = capsys.readouterr()
     assert "read once" in out
-    assert len(err.splitlines()) == 1 or "nobody is logged in" in err.splitlines()[-1]
-    assert f"--resume {tmp_path / 'out'} --log wandb" in err
+    last = err.splitlines()[-1]
+    assert last.startswith("gradreg: --log wandb must be ready to take a run: RuntimeError: nobody is logged in")
+    assert last.endswith(f"gradreg sweep --resume {tmp_path / 'out'} --log wandb.")
     assert (tmp_path / "out" / "results.json").exists()
 
 

@@ -36,7 +36,7 @@ _RESNET = RunConfig(
 )
 _SMALLER = replace(_RESNET, shrink=2)
 _LARGER = replace(_RESNET, channels_last=True)
-"""A third less time a step on a CPU."""
+"""In the layout that is faster on a CPU."""
 _VIT = replace(_RESNET, model="vit", depth=4, width=32, optimizer="adamw", learning_rate=1e-3, weight_decay=0.05)
 _EFFORT = Effort(trials=9, seeds=5, search_seeds=1, finalists=3, final_seeds=1, search_epochs=5)
 
