@@ -102,6 +102,13 @@ PIECES: dict[str, Piece] = {
             13,
         ),
         Piece(
+            "vit-28-modes",
+            "ViT, 28×28 pixels, 2,000 rows, 25 % random labels: cheaper modes",
+            replace(_noisy(_VIT), num_train=2000, batch_size=64, epochs=25),
+            MODES,
+            8,
+        ),
+        Piece(
             "resnet-14-smooth",
             "ResNet-10 with SiLU, 14×14 pixels, 25 % random labels",
             replace(_noisy(_SMALLER), activation="silu"),
