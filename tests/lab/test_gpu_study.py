@@ -219,6 +219,30 @@ def test_a_full_disk_ends_it_and_says_what_is_kept(quick, tmp_path, monkeypatch,
     assert state(tmp_path)["few"] == ""
 
 
+def test_a_compiler_that_may_not_write_its_cache_takes_no_other_along(quick, tmp_path, monkeypatch):
+    def forbidden(*_):
+        raise PermissionError(13, "Permission denied", "cache")
+
+    monkeypatch.setattr(play, "_steps", forbidden)
+    monkeypatch.setattr(play, "_tests", lambda sitting: {"summary": "1 passed", "failed": []})
+    with pytest.raises(SystemExit, match="1"):
+        quick("--only", "tests", "eager")
+    assert state(tmp_path)["eager"].startswith("failed with PermissionError")
+    assert state(tmp_path)["tests"] == "whole"
+
+
+def _whose(steps, sitting):
+    return {"process": os.getpid()}
+
+
+@pytest.mark.parametrize(("name", "is_apart"), [("graph", True), ("compiled", True), ("eager", False), ("bf16", False)])
+def test_what_may_break_a_device_for_its_process_has_one_of_its_own(name, is_apart, tmp_path, monkeypatch):
+    monkeypatch.setattr(play, "resolve", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(play, "_steps", _whose)
+    found = play.play(name, PIECES[name], play.Sitting(tmp_path, is_quick=True))
+    assert (found["process"] != os.getpid()) == is_apart
+
+
 def test_a_method_that_the_device_does_not_bear_is_left_out(quick, tmp_path, monkeypatch):
     made = play.make_step
 

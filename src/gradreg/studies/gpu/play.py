@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from gradreg.lab.cost.steps import captured, make_step
 from gradreg.lab.data.places import standing_for
 from gradreg.lab.folder import BadInput
 from gradreg.lab.page import publish
+from gradreg.lab.player import on_processes
 from gradreg.lab.processes import resolve
 from gradreg.lab.study.storage import Place
 from gradreg.lab.tasks import trained
@@ -61,7 +63,7 @@ def play(name: str, piece: Piece, sitting: Sitting) -> Row:
     if isinstance(what, Tests):
         return _tests(sitting)
     if isinstance(what, Steps):
-        return _steps(what, sitting)
+        return _steps(what, sitting) if not what.needs_gpu else _apart(what, sitting)
     if isinstance(what, Grid):
         return _grid(what)
     return _comparison(what, name, sitting)
@@ -92,10 +94,16 @@ def _is_for_gpus(file: Path) -> bool:
     return "pytest.mark.gpu" in file.read_text(encoding="utf-8")
 
 
+def _apart(steps: Steps, sitting: Sitting) -> Row:
+    """In a process of its own: one in which a capture failed may be of no use to the pieces that follow."""
+    if resolve(sitting.device).type != "cuda":
+        raise NotHere("not on this device, a CPU")
+    [(_, row)] = on_processes(partial(_steps, sitting=sitting), [steps], workers=2)
+    return row
+
+
 def _steps(steps: Steps, sitting: Sitting) -> Row:
     is_gpu = resolve(sitting.device).type == "cuda"
-    if steps.needs_gpu and not is_gpu:
-        raise NotHere("not on this device, a CPU")
     rows = []
     for name, config in models(sitting.is_quick).items():
         path = sitting.path if config.data == "fashion-mnist" else None

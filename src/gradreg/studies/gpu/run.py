@@ -6,6 +6,7 @@ A finished piece is a file NAME.json; a comparison has a folder besides, in whic
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import time
@@ -27,6 +28,7 @@ from gradreg.studies.gpu.plan import PIECES, Piece, Steps, pieces
 from gradreg.studies.gpu.play import NotHere, Sitting, play, so_far
 
 KIND = "gpu"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 Row = dict[str, Any]
 
 
@@ -90,9 +92,9 @@ def _play(name: str, piece: Piece, sitting: Sitting) -> None:
         result = play(name, piece, sitting)
     except NotHere as reason:
         _leave(sitting.folder, name, str(reason))
-    except OSError:
-        raise  # a full disk: what comes would be lost too
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise  # what comes would be lost too
         write_text(sitting.folder / f"{name}.error.txt", traceback.format_exc())
         _leave(sitting.folder, name, f"failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         print(f"gradreg: {name} failed: see {sitting.folder / name}.error.txt", file=sys.stderr, flush=True)
