@@ -46,7 +46,9 @@ def test_the_first_line_comes_after_half_a_minute_and_then_one_in_each(lines, sa
 
 def test_what_was_done_before_does_not_count_for_the_time_that_is_left(lines, said, clock):
     lines.show("sweep", 90, 100)  # gone on with
-    clock.now += 10
+    clock.now += 5
+    lines.show("sweep", 90, 100)  # asked again before the first has ended
+    clock.now += 5
     lines.show("sweep", 91, 100)
     clock.now += 20
     lines.show("sweep", 92, 100)

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -347,7 +348,7 @@ def num_lines(path):
     return path.read_text(encoding="utf-8").count("\n") if path.exists() else 0
 
 
-def test_kill_and_resume_loses_nothing_and_repeats_nothing(done, tmp_path):
+def test_kill_and_resume_loses_nothing_and_repeats_nothing(done, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     process = start(tmp_path, write(tmp_path, TOY), "--out", folder, "--workers", 1, "--single")
     until(lambda: num_lines(folder / "runs.jsonl") >= 2)
@@ -357,7 +358,11 @@ def test_kill_and_resume_loses_nothing_and_repeats_nothing(done, tmp_path):
     assert 2 <= len(kept) < NUM_RUNS
     assert not (folder / "results.json").exists()
 
+    shown = []
+    monkeypatch.setattr(workers, "progress_bar", lambda: nullcontext(lambda *told: shown.append(told)))
     assert main(["sweep", "--resume", str(folder), "--workers", "1"]) == 0
+    assert shown[0][0] == "starting"
+    assert shown[0][1] >= len(kept)  # or the time that is left would be reckoned from nothing
     assert measured(folder) == measured(done)
     keys = Counter(trial.user_attrs["key"] for trial in Study(Place("sweep", folder))._study.get_trials())
     assert sum(keys.values()) <= NUM_RUNS + 1  # the run that the kill fell into

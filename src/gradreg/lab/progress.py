@@ -54,7 +54,7 @@ class Lines:
         self._lock = Lock()
 
     def show(self, what: str, done: int, planned: int) -> None:
-        if planned != self._planned or done <= self._stage[1]:
+        if planned != self._planned or done < self._done:
             self._stage = (self._clock(), done)
         self._what, self._done, self._planned = what, done, planned
         self.say_now_and_then()
