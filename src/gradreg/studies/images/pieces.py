@@ -19,7 +19,7 @@ CLAIMED = (*METHODS, SMALL, LARGE)
 CHEAPER = ("F-GR", "SAM", "cheap", "MSAM")
 MODES = (
     *("F-GR", "F-GR:period=4", "F-GR:fraction=0.25", "F-GR:fraction=0.25:period=4"),
-    *("cheap", "MSAM", "Split", "Previous-down"),
+    *("cheap", "MSAM", "Split", "Split:ascent=momentum", "Previous-down"),
 )
 """The full method, and the ways below two passes that the frontier of small tasks did not rule out."""
 
