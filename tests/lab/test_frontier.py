@@ -261,6 +261,7 @@ def test_the_page_has_every_number_its_figures_and_no_markup_from_outside(task):
         "versions": {"torch": "2", "gradreg": "0"},
         "seeds": [0, 1, 2, 3],
         "tasks": [task],
+        "real": [],
         "goals": goals([task]),
         "mechanism": {"t": points},
     }
@@ -276,6 +277,64 @@ def test_the_page_has_every_number_its_figures_and_no_markup_from_outside(task):
     assert "above the full method, by its interval on each of these: MSAM." in text
     assert "<script" not in text
     assert "\n# h" not in text
+
+
+@pytest.fixture
+def results(task):
+    return {
+        "name": "f",
+        "command": "gradreg frontier",
+        "date": "2026-01-01",
+        "machine": "",
+        "seconds": 60.0,
+        "seconds_of": {"runs": 60.0},
+        "is_quick": False,
+        "versions": {"torch": "2", "gradreg": "0"},
+        "seeds": [0, 1, 2, 3],
+        "tasks": [task],
+        "mechanism": {},
+    }
+
+
+def real_task(**kept):
+    rows = [(PLAIN.name, 1.0, None), (FULL.name, 2.0, None), *((name, *row) for name, row in kept.items())]
+    modes = [
+        {
+            "name": name,
+            "is_opponent": False,
+            "cost": {"larger": {"median": price_, "low": price_, "high": price_}},
+            "retention": None if mean is None else {"mean": mean, "low": mean - 0.2, "high": mean + 0.2},
+        }
+        for name, price_, mean in rows
+    ]
+    return {"name": "clothes", "verdict": "better", "gain": {"mean": 1.2, "low": 0.5, "high": 1.9}, "modes": modes}
+
+
+def test_real_tasks_judge_what_was_played_on_all(results, tmp_path):
+    real = [real_task(**{"every 4th": (1.27, 0.4), "Split, momentum": (1.36, 1.0)})]
+    text = markdown(page.page(run.show(results, tmp_path, None, real)))
+    assert "**clothes**: full − plain +1.2 ± 0.7 points" in text
+    assert "worst of 2 tasks, best of those at no more than 1.5× on any: every 4th 0.40" in text
+    assert "| every 4th | 1.25 | 0.50 \\[0.50, 0.50\\] | 0.40 \\[0.20, 0.60\\] at 1.27 |" in text
+    assert "| MSAM | 1.00 | 1.01 " in text  # not judged, and below what is, but shown
+    assert text.index("| every 4th") < text.index("| MSAM")
+    assert "1.10×, above 0.9 of the gain, by its interval on each of these: none.\n" in text
+    assert page.SMALL not in text
+    alone = markdown(page.page(run.show(results, tmp_path, None, [])))
+    assert page.SMALL in alone
+    assert "1.10×, above 0.9 of the gain, by its interval on each of these: MSAM.\n" in alone
+
+
+def test_the_page_of_an_earlier_call_is_made_anew(results, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "f"
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    assert main(["frontier", "--from", "f", "--write", "frontier.md"]) == 0
+    assert "MSAM" in capsys.readouterr().out
+    assert (tmp_path / "frontier.md").read_text(encoding="utf-8") == (folder / "frontier.md").read_text(
+        encoding="utf-8"
+    )
 
 
 # The command.
@@ -333,11 +392,23 @@ def test_the_command_writes_its_folder_and_page(tiny, tmp_path, capsys):
         ("--replace", "--replace must be left out without --tune"),
         ("--write page.html", "--write must be the path of a page that ends in .md"),
         ("--write mine.md", "or one that gradreg frontier made"),
+        ("--tune --images a", "--images must be left out with --tune"),
+        ("--from a", "--out must be left out with --from"),
+        ("--from a --seeds 3", "--seeds must be left out with --from"),
+        ("--images a", "--images must be a folder of gradreg images with its results, got 'a': No such file"),
+        ("--images bare", "--images must hold a piece with all modes (resnet-14-modes, vit-28-modes) in which F-GR"),
+        ("--images other", "--images must be a folder of gradreg images with its results, got 'other': results.json"),
     ],
 )
 def test_bad_input_gets_one_line_and_no_folder(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.md").write_text("a page of mine\n")
+    for name, held in (
+        ("other", '{"command": "gradreg claims"}'),
+        ("bare", '{"command": "gradreg images", "pieces": []}'),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(held)
     assert main(["frontier", *arguments.split(), "--out", "out"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

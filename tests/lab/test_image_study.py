@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -14,16 +14,18 @@ from torch import nn
 
 from gradreg.cli import main
 from gradreg.lab.comparison.plan import Effort, Plan
+from gradreg.lab.config import RunConfig
 from gradreg.lab.data import idx
 from gradreg.lab.data.parts import Part
 from gradreg.lab.page import markdown
 from gradreg.lab.records import read_record
 from gradreg.studies.claims.claim import FAILS, HOLDS, UNDECIDED
+from gradreg.studies.frontier.modes import ARMS, FULL, MODES, PLAIN
 from gradreg.studies.frontier.summary import goals
 from gradreg.studies.images import flatness, pieces, run
 from gradreg.studies.images.page import judged, page
 from gradreg.studies.images.pieces import PIECES, Piece
-from gradreg.studies.images.summary import as_tasks, flatness_rows, piece_row
+from gradreg.studies.images.summary import as_tasks, flatness_rows, piece_row, real_tasks
 
 # Measures.
 
@@ -285,12 +287,45 @@ def test_a_goal_is_held_against_the_modes_of_every_piece():
             {"name": arm, "cost": {**cost, "median": c}, "retention": {"mean": m, "low": low, "high": 2.0}}
             for arm, (c, m, low) in kept.items()
         ]
-        return {"about": name, "arms": [{"name": arm, "cost": cost} for arm in ("SGD", "F-GR")], "kept": rows}
+        arms = [{"name": arm, "cost": cost, "difference": DIFFERENCE} for arm in ("SGD", "F-GR")]
+        return {"about": name, "arms": arms, "kept": rows, "plan": {"base": {"about": name}, "methods": [*kept]}}
 
     first = piece("a", cheap=(1.05, 0.95, 0.92))
     second = piece("b", cheap=(1.05, 0.95, 0.8), MSAM=(1.05, 1.0, 0.95), SAM=(2.0, 1.5, 1.2))
     least, _, _ = goals(as_tasks([first, second, {**second, "kept": []}]))
     assert (least["reached"], least["nearly"]) == (["MSAM"], ["cheap"])
+
+
+def kept(arms, base, methods):
+    cost = {"median": 1.5, "low": 1.5, "high": 1.5}
+    rows = [{"name": name, "cost": cost, "retention": {"mean": 1.0, "low": 0.9, "high": 1.1}} for name in arms]
+    ends = [{"name": name, "cost": cost, "difference": DIFFERENCE} for name in ("SGD", "F-GR")]
+    return {"about": "clothes", "arms": ends, "kept": rows, "plan": {"base": base, "methods": list(methods)}}
+
+
+def test_pieces_of_one_task_are_one_task_of_the_frontier():
+    claims = kept(["SAM", "DB", "cheap"], {"data": "fashion-mnist"}, pieces.CLAIMED)  # kept before a field came
+    modes = kept([arm for arm in ARMS if arm != "SAM"], asdict(PIECES["resnet-14-few"].base), pieces.MODES)
+    modes["plan"]["base"] = asdict(RunConfig(data="fashion-mnist"))
+    few = kept(["cheap"], asdict(PIECES["resnet-14-few"].base), pieces.CHEAPER)
+    (found,) = real_tasks({"pieces": [claims, modes, few]})
+    names = [row["name"] for row in found["modes"]]
+    assert sorted(names) == sorted({PLAIN.name, FULL.name, *ARMS.values()})
+    assert found["gain"]["mean"] == pytest.approx(-0.4)
+    assert real_tasks({"pieces": [claims, few]}) == []
+
+
+def test_the_frontier_knows_the_arms_of_the_modes():
+    arms = {arm.name: arm for arm in PIECES["resnet-14-modes"].plan().arms}
+    assert set(arms) - {"SGD", "F-GR"} == set(ARMS) - {"SAM"}
+    assert set(ARMS.values()) <= set(MODES)
+    for name, mode in ARMS.items():
+        if name not in ("SAM", "SGD, twice as long"):
+            fixed = {**arms[name].fixed, **arms[name].settings[0]}
+            assert arms[name].method == MODES[mode].method
+            assert {key: fixed.get(key) for key in MODES[mode].fixed if key != "epsilon"} == {
+                key: value for key, value in MODES[mode].fixed.items() if key != "epsilon"
+            }
 
 
 def test_claims_that_do_not_hold_are_named():

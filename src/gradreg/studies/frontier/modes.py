@@ -170,6 +170,21 @@ MODES: dict[str, Mode] = {
 }
 
 
+ARMS: dict[str, str] = {
+    "SAM": "SAM",
+    "F-GR, period 4": "every 4th",
+    "F-GR, fraction 0.25": "Fraction(1/4)",
+    "F-GR, fraction 0.25, period 4": "Fraction(1/4), every 4th",
+    "MSAM": "MSAM",
+    "Previous-down": "Previous-down",
+    "Split, ascent momentum": "Split, momentum",
+    "Split": "Split, gradient",
+    "cheap": "Ahead + Fraction(1/10), every 3rd",
+    "SGD, twice as long": "plain, twice as long",
+}
+"""The modes that a comparison has too, by what they are called there."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A point of a mode's space: what is tuned."""

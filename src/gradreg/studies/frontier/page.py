@@ -12,28 +12,39 @@ from gradreg.lab.tables import Table
 from gradreg.lab.words import BRACKETS, plus_minus, ranged, settings
 from gradreg.studies.frontier.figure import pareto_figure, worst_figure
 from gradreg.studies.frontier.modes import FULL, PLAIN
-from gradreg.studies.frontier.summary import panels, price, worst
+from gradreg.studies.frontier.summary import alike, judging, panels, price, worst
 from gradreg.studies.frontier.tune import CANDIDATES, CANDIDATES_OF_FULL, FINAL_SEEDS, FINALISTS, SEEDS
 
 Row = Mapping[str, Any]
 
 
 def overview(results: Row) -> Table:
-    """Each mode with its price and what it retains on each task; the best on its worst task first."""
-    tasks = results["tasks"]
-    by_mode = {row["name"]: [] for row in tasks[0]["modes"]}
-    for task in tasks:
-        for row in task["modes"]:
-            by_mode[row["name"]].append(row)
-    least = {name: worst(tasks, name) for name in by_mode}
-    order = sorted(by_mode, key=lambda name: -(least[name] or {"mean": -9})["mean"])
-    full = [f"1 ({plus_minus(row['difference'], 1, '+')}\npoints)" for row in by_mode[FULL.name]]
-    rows = [[FULL.name, f"{price(by_mode[FULL.name][0]):.2f}", *full]]
+    """Each mode with its price and what it retains on each task; the best on its worst task first, of those that were
+    played on all."""
+    tasks = everything(results)
+    own = {row["name"]: row for row in results["tasks"][-1]["modes"]}
+    everywhere = {row["name"] for row in alike(tasks)[0]["modes"]}
+    least = {name: worst(tasks, name) for name in own}
+    order = sorted(own, key=lambda name: (name not in everywhere, -(least[name] or {"mean": -9})["mean"]))
+    full = [f"1 ({plus_minus(task['gain'], 1, '+')}\npoints)" for task in tasks]
+    rows = [[FULL.name, f"{price(own[FULL.name]):.2f}", *full]]
     for name in [name for name in order if name not in (PLAIN.name, FULL.name)]:
-        mark = " ◇" if by_mode[name][0]["is_opponent"] else ""
-        kept = [_retention(row) for row in by_mode[name]]
-        rows.append([f"{name}{mark}", f"{price(by_mode[name][-1]):.2f}", *kept])
+        mark = " ◇" if own[name]["is_opponent"] else ""
+        kept = [_cell(task, name, has_cost=task in results["real"]) for task in tasks]
+        rows.append([f"{name}{mark}", f"{price(own[name]):.2f}", *kept])
     return Table("Share of the gain that is kept", ["mode", "cost, × plain", *(task["name"] for task in tasks)], rows)
+
+
+def everything(results: Row) -> list[Row]:
+    """The tasks of the study, and the real ones."""
+    return [*results["tasks"], *results["real"]]
+
+
+def _cell(task: Row, name: str, has_cost: bool) -> str:
+    row = next((row for row in task["modes"] if row["name"] == name), None)
+    if row is None:
+        return ""
+    return _retention(row) + (f"\nat {price(row):.2f}" if has_cost and row["retention"] is not None else "")
 
 
 def detail(task: Row) -> Table:
@@ -64,22 +75,45 @@ def _retention(row: Row) -> str:
 
 
 def sentences(results: Row) -> list[str]:
-    """Whether there is something to retain, and which goals are reached."""
+    """Whether there is something to retain, what keeps most where it keeps least, and which goals are reached."""
     lines = []
-    for task in results["tasks"]:
+    for task in everything(results):
         is_judged = task["verdict"] == BETTER
         word = "beyond noise" if is_judged else "**not beyond noise**: it shows nothing to retain, and is not judged"
         gain = plus_minus(task["gain"], 1, "+")
-        lines.append(f"{task['name']} ({task['about']}): full − plain {gain} points, {word}.")
-    return lines + reached(results["goals"])
+        name = f"{task['name']} ({task['about']})" if "about" in task else f"**{task['name']}**"
+        lines.append(f"{name}: full − plain {gain} points, {word}.")
+    return [*lines, *_best(judging(everything(results))), *reached(results["goals"])]
+
+
+def _best(tasks: Sequence[Row]) -> list[str]:
+    """Of what is no dearer than 1.5 times plain training everywhere."""
+    rows = [
+        (task["name"], row)
+        for task in alike(tasks)
+        for row in task["modes"]
+        if row["retention"] is not None and not row["is_opponent"]
+    ]
+    found = []
+    for name in dict.fromkeys(row["name"] for _, row in rows):
+        own = [(task, row) for task, row in rows if row["name"] == name]
+        if all(price(row) <= MOST for _, row in own):
+            found.append((name, *min(own, key=lambda pair: pair[1]["retention"]["mean"])))
+    found.sort(key=lambda entry: -entry[2]["retention"]["mean"])
+    told_ = [f"{name} {_retention(row)} ({task})" for name, task, row in found[:3]]
+    if not told_:
+        return []
+    return [
+        f"Kept on its worst of {len(tasks)} tasks, best of those at no more than {MOST:g}× on any: {'; '.join(told_)}."
+    ]
 
 
 def reached(goals: Sequence[Row]) -> list[str]:
     """Which modes reach what a mode should."""
     lines = []
     for goal in goals:
-        names = ", ".join(goal["reached"]) or "none"
-        nearly = f" In the mean only: {', '.join(goal['nearly'])}." if goal["nearly"] else ""
+        names = "; ".join(goal["reached"]) or "none"
+        nearly = f" In the mean only: {'; '.join(goal['nearly'])}." if goal["nearly"] else ""
         lines.append(f"{goal['goal'][0].upper()}{goal['goal'][1:]}, by its interval on each of these: {names}.{nearly}")
     return lines
 
@@ -102,6 +136,7 @@ def notes(results: Row) -> list[str]:
         "◇: an opponent, what the same time buys without a cheaper penalty. plain, twice as long is that of the full "
         "method's cost.",
         "No correction for the number of modes: of 20 intervals one would be expected to miss.",
+        *[REAL] * bool(results["real"]),
     ]
 
 
@@ -124,16 +159,16 @@ def _without_settings(table: Table) -> Table:
 
 
 def page(results: Row) -> Page:
-    drawn = panels(results["tasks"])
-    figures = ("pareto", pareto_figure, PARETO), ("worst", worst_figure, WORST)
+    drawn, alike_ = panels(everything(results)), panels(alike(judging(everything(results))))
+    figures = ("pareto", pareto_figure, drawn, PARETO), ("worst", worst_figure, alike_, WORST)
     return Page(
         "The frontier: benefit against cost",
         [
             INTRODUCTION,
-            Items(sentences(results)),
+            Items([*([] if results["real"] else [SMALL]), *sentences(results)]),
             made(results),
             overview(results),
-            *(Figure(name, draw(drawn), caption) for name, draw, caption in figures if drawn),
+            *(Figure(name, draw(tasks), caption) for name, draw, tasks, caption in figures if tasks),
             Heading("How to read it"),
             Items(notes(results)),
             Heading("Each task"),
@@ -157,14 +192,19 @@ def _mechanism(name: str, points: Sequence[Row]) -> Table:
 
 
 PARETO = "What each mode keeps of the gain over what it costs, with 95 % intervals; filled: on the front."
-WORST = "Each mode on the task where it keeps least."
+WORST = "Each mode that was played on every task, on the one where it keeps least."
+MOST = 1.5
 INTRODUCTION = (
     "Twice the cost is why people give gradient regularization up. [Below two passes](cheap.md) has the ways to pay "
-    "less; this page is what they keep of the benefit here, each tuned as long as the others, against measured time. "
-    "It is what the command wrote. **The order does not travel**: on [real images with a ResNet](images.md) `cheap`, "
-    "MSAM and a quarter of the batch in every fourth step are not shown to gain, while a penalty in every fourth "
-    "step, one on a quarter of the batch, and `Previous`, downwards, keep about all of it or more. What was found on "
-    "these small tasks, and which modes reach what a mode should reach on every one:"
+    "less; this page is what they keep of the benefit, each tuned as long as the others, against measured time. It is "
+    "what the command wrote. Which modes reach what a mode should reach on every task, and which keep most on their "
+    "worst:"
+)
+SMALL = "**These tasks are small, and the order does not travel**: [real images and networks](images.md) have another."
+REAL = (
+    "In bold: real images and networks, [measured by `gradreg images`](images.md) with its own tuning, 5 paired seeds "
+    "and the cost on that very network, which stands beside each share. A goal is held against the modes that were "
+    "played on every task."
 )
 MECHANISM = (
     "The penalty that a mode adds to the gradient, ĝ − g1 in the mean over the batches of an epoch, at frozen points "
@@ -190,6 +230,8 @@ AFTERWORD: tuple[Block, ...] = (
         "gradreg frontier                           # all of it\n"
         "gradreg frontier --quick                   # two tasks, few seeds\n"
         "gradreg frontier --tune                    # the choice of every mode's numbers, once more\n"
+        "gradreg frontier --images FOLDER           # with the real tasks of `gradreg images`\n"
+        "gradreg frontier --from FOLDER             # the page of what was measured, once more\n"
         "gradreg frontier --write docs/frontier.md  # also this page and its figures",
         "bash",
     ),

@@ -21,7 +21,7 @@ from gradreg.lab.runs import Job
 from gradreg.studies.frontier import cost, mechanism
 from gradreg.studies.frontier.modes import ABOUT_TASKS, FULL, MODES, PLAIN, TASKS, Candidate, Mode, job
 from gradreg.studies.frontier.page import page, told
-from gradreg.studies.frontier.summary import goals, task_row
+from gradreg.studies.frontier.summary import alike, goals, judging, task_row
 from gradreg.studies.frontier.tune import shipped
 from gradreg.studies.runs import Runs
 
@@ -62,8 +62,17 @@ class Plan:
         return f"gradreg frontier{quick} --seed {self.seeds[0]} --seeds {len(self.seeds)}"
 
 
-def run_frontier(plan: Plan, folder: Path, write: Path | None = None) -> dict[str, Any]:
-    """Measure, write the folder and the page, print the tables; return what results.json holds."""
+def run_frontier(
+    plan: Plan, folder: Path, write: Path | None = None, real: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """Measure, write the folder and the page, print the tables; return what results.json holds.
+
+    Args:
+        plan: how much is run.
+        folder: takes it.
+        write: takes the page too.
+        real: tasks that were played elsewhere, with the rows of their modes.
+    """
     started = time.perf_counter()
     choices, modes = shipped(), MODES
     about = {
@@ -86,9 +95,17 @@ def run_frontier(plan: Plan, folder: Path, write: Path | None = None) -> dict[st
         "seconds": round(time.perf_counter() - started, 1),
         "seconds_of": {name: round(value, 1) for name, value in seconds.items()},
         "tasks": tasks,
-        "goals": goals(tasks),
         "mechanism": aligned,
     }
+    return show(results, folder, write, real)
+
+
+def show(
+    measured: Mapping[str, Any], folder: Path, write: Path | None, real: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The page and the tables of what was measured, with tasks that were played elsewhere."""
+    tasks = [*measured["tasks"], *real]
+    results = {**measured, "real": list(real), "goals": goals(alike(judging(tasks)))}
     write_json(folder / "results.json", results)
     publish(page(results), folder, folder / PAGE, *([write] if write else []))
     tell(told(results), results, folder)

@@ -128,16 +128,20 @@ GOALS = (
 """What a mode should reach on every task: the most that it may cost, and what its interval must lie above."""
 
 
-def goals(tasks: Sequence[Row]) -> list[Row]:
-    """For each goal the modes that reach it on every task, and those whose mean does.
+def judging(tasks: Sequence[Row]) -> list[Row]:
+    """The tasks where the full method gains beyond noise: elsewhere there is nothing to retain."""
+    return [task for task in tasks if task["verdict"] == stats.BETTER]
 
-    A task counts where the full method gains beyond noise: elsewhere there is nothing to retain.
-    """
-    tasks = [task for task in tasks if task["verdict"] == stats.BETTER]
-    if not tasks:
-        return [
-            {"goal": text, "cost": most, "retention": least, "reached": [], "nearly": []} for text, most, least in GOALS
-        ]
+
+def alike(tasks: Sequence[Row]) -> list[Row]:
+    """With the modes alone that all of them have."""
+    shared = set.intersection(*({row["name"] for row in task["modes"]} for task in tasks)) if tasks else set()
+    return [{**task, "modes": [row for row in task["modes"] if row["name"] in shared]} for task in tasks]
+
+
+def goals(tasks: Sequence[Row]) -> list[Row]:
+    """For each goal the modes that reach it on every task that judges, and those whose mean does."""
+    tasks = judging(tasks)
     found = []
     for text, most, least in GOALS:
         reached, nearly = [], []

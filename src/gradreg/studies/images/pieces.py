@@ -103,7 +103,7 @@ PIECES: dict[str, Piece] = {
         ),
         Piece(
             "vit-28-modes",
-            "ViT, 28×28 pixels, 2,000 rows, 25 % random labels: cheaper modes",
+            "ViT, 28×28 pixels, 2,000 rows, 25 % random labels",
             replace(_noisy(_VIT), num_train=2000, batch_size=64, epochs=25),
             MODES,
             8,

@@ -10,12 +10,13 @@ from typing import Any
 from gradreg.lab import stats
 from gradreg.lab.comparison.arms import BASELINE, LONGER, arm_of
 from gradreg.lab.comparison.result import verdict
+from gradreg.lab.config import RunConfig
 from gradreg.lab.metric import ACCURACY
 from gradreg.studies.claims.claim import FAILS, HOLDS, UNDECIDED
-from gradreg.studies.frontier.modes import FULL, PLAIN
+from gradreg.studies.frontier.modes import ARMS, FULL, PLAIN
 from gradreg.studies.frontier.retention import retention
 from gradreg.studies.images.flatness import MEASURES
-from gradreg.studies.images.pieces import LARGE, SMALL, Piece
+from gradreg.studies.images.pieces import LARGE, MODES, SMALL, Piece
 
 Row = dict[str, Any]
 VERDICTS = {stats.BETTER: HOLDS, stats.WORSE: FAILS, stats.UNDECIDED: UNDECIDED}
@@ -79,25 +80,58 @@ def _kept(arms: Mapping[str, Row]) -> list[Row]:
 
 
 def as_tasks(pieces: Sequence[Row]) -> list[Row]:
-    """The pieces in which there is something to keep, as tasks of the frontier, with the costs measured in them."""
+    """Where there is something to keep, as tasks of the frontier, with the costs measured there; pieces of one task as
+    one."""
+    found: list[Row] = []
+    for piece in pieces:
+        if not (kept := [row for row in piece["kept"] if row["cost"]]):
+            continue
+        base = {**asdict(RunConfig()), **piece["plan"]["base"]}  # that of an earlier version lacks what came later
+        task = next((task for task in found if task["base"] == base), None)
+        if task is None:
+            found.append(task := {**_as_task(piece), "base": base})
+        task["methods"].update(piece["plan"]["methods"])
+        known = {row["name"] for row in task["modes"]}
+        task["modes"] += [
+            {**row, "cost": {"larger": row["cost"]}, "is_opponent": row["name"] == LONGER}
+            for row in kept
+            if row["name"] not in known
+        ]
+    return found
+
+
+def _as_task(piece: Row) -> Row:
+    """What plain training and the full method cost, by the names that the frontier has for them."""
+    arms = {row["name"]: row for row in piece["arms"]}
+    ends = {PLAIN.name: arms[BASELINE], FULL.name: arms["F-GR"]}
+    return {
+        "name": piece["about"],
+        "verdict": stats.BETTER,
+        "gain": {key: 100 * value for key, value in arms["F-GR"]["difference"].items()},
+        "methods": set(),
+        "modes": [
+            {"name": name, "retention": None, "cost": {"larger": row["cost"]}, "is_opponent": False}
+            for name, row in ends.items()
+        ],
+    }
+
+
+def real_tasks(results: Row) -> list[Row]:
+    """For the frontier: the tasks on which all its modes were played, and there is something to keep."""
     return [
         {
-            "name": piece["about"],
-            "verdict": stats.BETTER,
+            "name": task["name"],
+            "verdict": task["verdict"],
+            "gain": task["gain"],
             "modes": [
-                *({"name": name, "retention": None, "cost": {"larger": cost}} for name, cost in _ends(piece).items()),
-                *({**row, "cost": {"larger": row["cost"]}, "is_opponent": row["name"] == LONGER} for row in kept),
+                {**row, "name": ARMS.get(row["name"], row["name"])}
+                for row in task["modes"]
+                if row["name"] in (PLAIN.name, FULL.name, *ARMS)
             ],
         }
-        for piece in pieces
-        if (kept := [row for row in piece["kept"] if row["cost"]])
+        for task in as_tasks(results["pieces"])
+        if task["methods"] >= set(MODES)
     ]
-
-
-def _ends(piece: Row) -> dict[str, Row]:
-    """What plain training and the full method cost, by the names that the frontier has for them."""
-    costs = {row["name"]: row["cost"] for row in piece["arms"]}
-    return {PLAIN.name: costs[BASELINE], FULL.name: costs["F-GR"]}
 
 
 def flatness_rows(models: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> list[Row]:
