@@ -201,6 +201,19 @@ def test_the_vision_transformer_sees_where_a_patch_is():
     assert not torch.allclose(built(x), built(x.roll(4, -1)), atol=1e-7)
 
 
+@pytest.mark.parametrize("width", [16, 32, 128, 512])
+def test_a_vision_transformer_of_any_width_starts_at_a_scale_at_which_it_learns(width):
+    """At a deviation of 0.02, made for wide ones, that of width 32 had learned little after 800 steps."""
+    torch.manual_seed(0)
+    built = attention.ViT(1, (28, 28), 10, 4, width, 2)
+    x = built.patches(torch.randn(64, 1, 28, 28)).flatten(2).transpose(1, 2)
+    assert 0.8 < x.std() < 1.2
+    block = built.blocks[0]
+    added = block.mlp(block.norm2(x))
+    assert 0.1 < added.std() / x.std() < 1.5
+    assert 0.1 < built.head(built.norm(x)).std() < 1.5
+
+
 def test_a_character_is_predicted_from_those_before_it_alone():
     torch.manual_seed(0)
     built = attention.GPT(vocab=11, width=8, depth=2, length=6)

@@ -1,7 +1,8 @@
 """Transformers: a vision transformer and a decoder for characters, both of pre-norm blocks.
 
-Attention is written out, since its fused forms have no second derivative. Weights start normal with deviation 0.02
-and biases at 0, as in GPT-2 (Radford et al., 2019).
+Attention is written out, since its fused forms have no second derivative. Weights start as in the papers: those of
+the ViT by their fan (Glorot and Bengio, 2010; patches by fan-in alone), those of the decoder normal with deviation 0.02
+(GPT-2, Radford et al., 2019), which is made for widths of some hundreds. Biases start at 0.
 """
 
 from __future__ import annotations
@@ -46,7 +47,12 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_classes)
         nn.init.normal_(self.positions, std=_DEVIATION)
-        self.apply(_initialize)
+        nn.init.kaiming_normal_(self.patches.weight, nonlinearity="linear")
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+            if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2) + self.positions
@@ -69,7 +75,7 @@ class GPT(nn.Module):
 
 
 def _initialize(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+    if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=_DEVIATION)
-        if not isinstance(module, nn.Embedding) and module.bias is not None:
+        if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
