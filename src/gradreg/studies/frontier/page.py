@@ -194,6 +194,7 @@ def _mechanism(name: str, points: Sequence[Row]) -> Table:
 PARETO = "What each mode keeps of the gain over what it costs, with 95 % intervals; filled: on the front."
 WORST = "Each mode that was played on every task, on the one where it keeps least."
 MOST = 1.5
+"""Of the cost on any task, for a mode to be named."""
 INTRODUCTION = (
     "Twice the cost is why people give gradient regularization up. [Below two passes](cheap.md) has the ways to pay "
     "less; this page is what they keep of the benefit, each tuned as long as the others, against measured time. It is "
