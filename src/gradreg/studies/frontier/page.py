@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from gradreg.lab.page import Block, Code, Figure, Heading, Items, Page, made
@@ -11,6 +11,7 @@ from gradreg.lab.stats import BETTER
 from gradreg.lab.tables import Table
 from gradreg.lab.words import BRACKETS, plus_minus, ranged, settings
 from gradreg.studies.frontier.figure import pareto_figure, worst_figure
+from gradreg.studies.frontier.figure import worst as worst_points
 from gradreg.studies.frontier.modes import FULL, PLAIN
 from gradreg.studies.frontier.summary import alike, judging, panels, price, worst
 from gradreg.studies.frontier.tune import CANDIDATES, CANDIDATES_OF_FULL, FINAL_SEEDS, FINALISTS, SEEDS
@@ -87,25 +88,16 @@ def sentences(results: Row) -> list[str]:
 
 
 def _best(tasks: Sequence[Row]) -> list[str]:
-    """Of what is no dearer than 1.5 times plain training everywhere."""
-    rows = [
-        (task["name"], row)
-        for task in alike(tasks)
-        for row in task["modes"]
-        if row["retention"] is not None and not row["is_opponent"]
+    """Of what was played on all of them, and is nowhere too dear."""
+    drawn = panels(alike(tasks))
+    left_out = {p.mode for panel in drawn for p in panel.points if p.is_opponent or p.cost > MOST}
+    least = [
+        f"{p.mode} {ranged(asdict(p.retention), 2, '', BRACKETS)} ({task})"
+        for task, p in worst_points(drawn)
+        if p.mode not in left_out
     ]
-    found = []
-    for name in dict.fromkeys(row["name"] for _, row in rows):
-        own = [(task, row) for task, row in rows if row["name"] == name]
-        if all(price(row) <= MOST for _, row in own):
-            found.append((name, *min(own, key=lambda pair: pair[1]["retention"]["mean"])))
-    found.sort(key=lambda entry: -entry[2]["retention"]["mean"])
-    told_ = [f"{name} {_retention(row)} ({task})" for name, task, row in found[:3]]
-    if not told_:
-        return []
-    return [
-        f"Kept on its worst of {len(tasks)} tasks, best of those at no more than {MOST:g}× on any: {'; '.join(told_)}."
-    ]
+    said = f"Kept on its worst of {len(tasks)} tasks, best of those at no more than {MOST:g}× on any: "
+    return [f"{said}{'; '.join(least[:3])}."] if least else []
 
 
 def reached(goals: Sequence[Row]) -> list[str]:
