@@ -143,10 +143,12 @@ def test_the_default_is_the_published_size():
         ("cnn", {"depth": 4}, "depth must be from 1 to 3 with model cnn on 8×8 images, got 4"),
         ("vit", {"activation": "silu"}, "activation must be left out with model vit, which has GELU, got 'silu'"),
         ("vit", {"width": 30}, "width must be a multiple of 4 with model vit, got 30"),
+        ("vit", {"patch": 3}, r"patch must divide both sides, 1, 2, 4, 8 on 8×8 images, got '3'"),
+        ("cnn", {"patch": 2}, "patch must be left out with model cnn: only vit has it, got '2'"),
         ("gpt", {"width": 30}, "width must be a multiple of 4 with model gpt, got 30"),
     ],
 )
-def test_a_depth_or_width_that_there_is_not_is_refused(model, fields, why):
+def test_a_size_that_there_is_not_is_refused(model, fields, why):
     with pytest.raises(BadInput, match=why):
         build(*of(model, **fields))
 
@@ -234,3 +236,15 @@ def test_attention_written_out_is_that_of_torch(causal):
     mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
     middle = x + block.out(mixed.transpose(1, 2).reshape(3, 5, 8))
     torch.testing.assert_close(block(x), middle + block.mlp(block.norm2(middle)))
+
+
+def test_the_patches_of_a_vit_are_those_that_were_asked_for():
+    config, split = of("vit", width=8, depth=1)
+    x = torch.randn(2, *split.train.x.shape[1:])
+    for patch in (None, 2, 8):
+        model = build(replace(config, patch=patch), split)
+        found = next(m for m in model.modules() if isinstance(m, attention.ViT))
+        side = patch or 1  # 8×8 pixels are 8×8 patches
+        assert found.patches.kernel_size == found.patches.stride == (side, side)
+        assert len(found.positions) == (8 // side) ** 2
+        assert model(x).shape == (2, 10)

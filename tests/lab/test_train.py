@@ -204,6 +204,7 @@ EVERY_FIELD = {
     "depth": 28,
     "width": 10,
     "activation": "silu",
+    "patch": 7,
     "method": "B-GR",
     "gamma": 0.1,
     "epsilon": 0.3,

@@ -33,6 +33,7 @@ BUILT_IN = (
     "depth",
     "width",
     "activation",
+    "patch",
 )
 """The fields that make a built-in task; a task of the user's own has none of them."""
 SETTINGS = ("gamma", "ratio", "epsilon", "rho", "level")
@@ -91,6 +92,7 @@ class RunConfig:
     depth: int | None = _whole(None, 1, 1000, "Layers or blocks; by default the model's own.")
     width: int | None = _whole(None, 1, 65536, "Units, channels or features; by default the model's own.")
     activation: str = _choice("relu", ACTIVATIONS, "Of mlp, cnn, resnet18 and wideresnet; silu is smooth.")
+    patch: int | None = _whole(None, 1, 10**4, "Side of vit's patches; by default it cuts the shorter side in about 8.")
     method: str = _choice("SGD", METHODS, "What the optimizer is given in the place of the gradient.")
     gamma: float | None = _number(None, 0, 1e6, "Strength γ of the penalty.")
     ratio: float | None = _number(None, 0, 1e3, "Penalty ratio that γ shall follow, in place of gamma.", above=True)

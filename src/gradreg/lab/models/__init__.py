@@ -53,6 +53,8 @@ class Model:
         if kind not in self.fits:
             fitting = ", ".join(name for name, model in MODELS.items() if kind in model.fits)
             raise BadInput(f"model must be one of {fitting} with data {config.data} ({kind}), got {config.model!a}.")
+        if config.patch is not None and config.model != "vit":
+            raise BadInput(f"patch must be left out with model {config.model}: only vit has it, got '{config.patch}'.")
         return self.architecture(config, data)
 
 
@@ -100,7 +102,10 @@ def vit(config: RunConfig, data: Split) -> nn.Module:
     """A vision transformer of `depth` 6 and `width` 128, on patches that cut the shorter side in about 8."""
     before, channels, size = _images(data)
     sides = [side for side in range(1, min(size) + 1) if not size[0] % side and not size[1] % side]
-    patch = min(sides, key=lambda side: abs(min(size) / side - 8))
+    patch = config.patch or min(sides, key=lambda side: abs(min(size) / side - 8))
+    if patch not in sides:
+        allowed = ", ".join(map(str, sides))
+        raise BadInput(f"patch must divide both sides, {allowed} on {size[0]}×{size[1]} images, got '{patch}'.")
     return _after(before, ViT(channels, size, data.num_classes, patch, _width(config, 128), config.depth or 6))
 
 
