@@ -21,6 +21,7 @@ from gradreg.lab.comparison import arms, run
 from gradreg.lab.comparison.arms import BASELINE, LONGER, around
 from gradreg.lab.comparison.plan import FIRST_SEED, LADDER, Effort, Plan, checked_methods
 from gradreg.lab.comparison.result import notes
+from gradreg.lab.comparison.schedule import ComparisonSchedule
 from gradreg.lab.config import RunConfig
 from gradreg.lab.metric import ACCURACY, Metric
 from gradreg.lab.records import read_record
@@ -128,7 +129,7 @@ def test_a_decay_of_zero_has_a_small_one_beside_it():
     )
 
 
-ALL = ("F-GR", "B-GR", "Central", "DB", "SAM", "ASAM", "MSAM", "Split", "Flooding", "cheap")
+ALL = ("F-GR", "B-GR", "Central", "DB", "SAM", "ASAM", "MSAM", "Split", "Flooding", "cheap", "ahead")
 
 
 def test_names_of_methods_in_any_spelling_each_once():
@@ -139,13 +140,13 @@ def test_names_of_methods_in_any_spelling_each_once():
 
 
 def test_a_field_of_an_arm_can_be_held():
-    names = checked_methods(["fgr:epsilon=0.01", "F-GR:epsilon=1e-2", "cheap:period=1", "F-GR:gamma=0.1"], "ratio")
-    assert names == ("F-GR:epsilon=0.01", "cheap:period=1", "F-GR:gamma=0.1")
+    names = checked_methods(["fgr:epsilon=0.01", "F-GR:epsilon=1e-2", "ahead:period=1", "F-GR:gamma=0.1"], "ratio")
+    assert names == ("F-GR:epsilon=0.01", "ahead:period=1", "F-GR:gamma=0.1")
     assert checked_methods(names, "ratio") == names
     plan = Plan(RunConfig(), names)
     run.check(plan)
     small, every, strong = plan.arms[1:4]
-    assert (small.name, every.name) == ("F-GR, ε 0.01", "cheap, period 1")
+    assert (small.name, every.name) == ("F-GR, ε 0.01", "ahead, period 1")
     assert [set(point) for point in small.settings] == [{"ratio"}] * 3  # the same for either ε is asked once
     assert [set(point) for point in strong.settings] == [{"epsilon"}] * 2  # no ratio beside γ
     config = every.config(plan.base, {"ratio": 0.1, "epsilon": 0.5, "lookahead": 0.3}, 0)
@@ -583,6 +584,17 @@ def test_what_an_earlier_version_began_goes_on(tmp_path):
     run.open_study(place, plan)
     with pytest.raises(BadInput, match="base differs"):
         run.open_study(place, Plan(RunConfig(data="digits", activation="silu")))
+
+
+def test_an_arm_that_an_earlier_version_searched_elsewhere_is_refused():
+    """`cheap` was another mode."""
+    schedule = ComparisonSchedule(Plan(RunConfig(data="digits"), ("cheap",)), ACCURACY)
+    point = {"learning_rate": 0.1, "weight_decay": 0.0, "ratio": 0.1, "epsilon": 0.5, "lookahead": 0.03}
+    what = {"arm": 1, "point": point, "seed": 0, "scored_on": "test"}
+    with pytest.raises(BadInput, match="cheap of an earlier version, with lookahead, ratio, does not go on in this"):
+        schedule.job(what)
+    point = {"learning_rate": 0.1, "weight_decay": 0.0, "gamma": 0.1, "epsilon": 0.5}
+    assert schedule.job({**what, "point": point}).config.ascent == "momentum"
 
 
 def test_models_of_the_test_are_kept(here, capsys):

@@ -325,6 +325,15 @@ def test_real_tasks_judge_what_was_played_on_all(results, tmp_path):
     assert "1.10×, above 0.9 of the gain, by its interval on each of these: MSAM.\n" in alone
 
 
+def test_a_mode_that_fails_on_real_images_is_named_on_top(results, tmp_path):
+    real = [real_task(MSAM=(1.0, 0.1), SAM=(2.0, -0.1), **{"every 4th": (1.27, 0.4)})]
+    text = markdown(page.page(run.show(results, tmp_path, None, real)))
+    first, *_ = text[text.index("\n- ") :].strip().splitlines()
+    said = "- **Fails on real images**, where nothing of the gain is shown to be kept: "
+    assert first == said + "MSAM (0.10 \\[−0.10, 0.30\\] on clothes)."
+    assert "Fails on real" not in markdown(page.page(run.show(results, tmp_path, None, [])))
+
+
 def test_the_page_of_an_earlier_call_is_made_anew(results, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "f"

@@ -55,19 +55,6 @@ def test_ahead_comes_back_bitwise_where_weights_are_views_that_must_stay_in_plac
     assert torch.equal(buffer, torch.cat([p.detach().flatten() for p in flat.parameters]))
 
 
-def test_cheap_is_a_fraction_ahead_that_rises_over_the_first_steps():
-    problem, other = Problem(), Problem()
-    optimizer, base = sgd(problem), sgd(other)
-    numbers = {"gamma": 0.3, "epsilon": RHO, "rho": 0.7, "share": 0.3, "period": 2}
-    problem.train(gradreg.cheap(problem.model, optimizer, 10, **numbers), optimizer, 5)
-    ahead = gradreg.Ahead(gradreg.Momentum(base), gradreg.warmup(0.7, 3))
-    by_hand = gradreg.GradientRegularizer(
-        other.model, gradreg.every(gradreg.warmup(0.3, 3), 2), RHO, batch=gradreg.Fraction(0.3), at=ahead
-    )
-    other.train(by_hand, base, steps=5)
-    assert_same(problem.parameters, other.parameters)
-
-
 def test_ahead_without_a_penalty_is_msam():
     problem, other = Problem(), Problem()
     optimizer, base = sgd(problem), sgd(other)

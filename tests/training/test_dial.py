@@ -26,7 +26,6 @@ from gradreg import (
     Split,
     TargetRatio,
     calibrated_gamma,
-    cheap,
     every,
     late,
     sam,
@@ -482,20 +481,6 @@ def test_without_a_number_it_is_a_target_and_a_length_of_the_ascent(ascent):
 def test_without_a_number_an_ascent_of_ones_own_needs_epsilon():
     with pytest.raises(ValueError, match="epsilon must be given with ascent"):
         GradientRegularizer(Trial("mlp").model, ascent=lambda p, g, s=1.0: (g, 1.0))
-
-
-def test_cheap_without_a_number_is_a_target_on_a_fraction_near_by():
-    trial = Trial("mlp")
-    optimizer = torch.optim.SGD(trial.model.parameters(), lr=0.05, momentum=0.9)
-    regularizer = cheap(trial.model, optimizer, num_steps=40)
-    assert regularizer.gamma == every(warmup(steady(0.03), 12), 3)
-    for _ in range(40):
-        optimizer.zero_grad()
-        regularizer.backward(loss_of(trial), [trial.batch])
-        optimizer.step()
-    told = regularizer.diagnostics()
-    assert 0 < told["penalty_ratio"] < 2 * 0.03
-    assert told["active_steps"] == regularizer.state_dict()["target"]["num_readings"] + 3 == 13
 
 
 # The warning.

@@ -19,7 +19,8 @@ from gradreg.lab.words import SYMBOLS
 BASELINE = "SGD"
 """The name of plain training, whatever the task's optimizer."""
 LONGER = "SGD, twice as long"
-CHEAP = "cheap"
+CHEAP, AHEAD = "cheap", "ahead"
+"""`gradreg.cheap`, and what it was before: a penalty on a tenth of the batch in every third step, all of it ahead."""
 STEP = 3.0
 """Between neighbors at first, for numbers whose scale is not known."""
 DECAY = 1e-4
@@ -104,7 +105,7 @@ def center_of(base: RunConfig) -> Point:
 
 
 def arm_of(name: str, by: str) -> Arm:
-    """The arm of a method's name, in any spelling that a configuration takes, or of `cheap`.
+    """The arm of a method's name, in any spelling that a configuration takes, or of `cheap` and `ahead`.
 
     Args:
         name: of the method; `F-GR:epsilon=0.01` holds a field, which is then not searched for.
@@ -117,12 +118,16 @@ def arm_of(name: str, by: str) -> Arm:
     if held:
         return _holding(arm_of(name, by), held)
     if name.lower() == CHEAP:
+        return Arm(CHEAP, "Split", _STARTS["Split"], {"ascent": "momentum"})
+    if name.lower() == AHEAD:
         settings = _grid(**{by: (0.03, 0.1)}, epsilon=(0.5,), lookahead=(0.03, 0.3))
-        return Arm(CHEAP, "F-GR", settings, {"fraction": 0.1, "period": 3})
+        return Arm(AHEAD, "F-GR", settings, {"fraction": 0.1, "period": 3})
     try:
         method = checked(FIELDS["method"], name)
     except BadInput as error:
-        raise BadInput(str(error).replace("method must be one of", "--methods must be one of cheap,", 1)) from None
+        raise BadInput(
+            str(error).replace("method must be one of", "--methods must be one of cheap, ahead,", 1)
+        ) from None
     if method == BASELINE:
         return Arm(BASELINE, method)
     if method in _STARTS:

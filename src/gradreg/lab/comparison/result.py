@@ -77,7 +77,8 @@ def _about(arm: Arm, choice: Point) -> Row:
 
 _ABOUT = {
     LONGER: "plain training for as long as two passes take",
-    "cheap": "ahead along the momentum, and a penalty on a tenth of the batch in every third step",
+    "cheap": "half of the batch ahead along the momentum",
+    "ahead": "ahead along the momentum, and a penalty on a tenth of the batch in every third step",
 }
 
 

@@ -142,6 +142,9 @@ class ComparisonSchedule(Schedule):
     def job(self, what: Mapping[str, Any]) -> Job:
         """Curves are recorded in the test runs alone."""
         arm = self.arms[what["arm"]]
+        if strange := {*what["point"]} - {*center_of(self.base), *arm.settings[0]}:
+            own = ", ".join(sorted(strange))
+            raise BadInput(f"{arm.name} of an earlier version, with {own}, does not go on in this one: begin anew.")
         epochs = what.get("epochs") or self.base.epochs
         config = arm.config(replace(self.base, epochs=epochs), what["point"], what["seed"])
         return Job(config, what["scored_on"], self.plan.num_records if what["scored_on"] == TEST else 0)

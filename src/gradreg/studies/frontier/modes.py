@@ -177,9 +177,9 @@ ARMS: dict[str, str] = {
     "F-GR, fraction 0.25, period 4": "Fraction(1/4), every 4th",
     "MSAM": "MSAM",
     "Previous-down": "Previous-down",
-    "Split, ascent momentum": "Split, momentum",
     "Split": "Split, gradient",
-    "cheap": "Ahead + Fraction(1/10), every 3rd",
+    "cheap": "Split, momentum",
+    "ahead": "Ahead + Fraction(1/10), every 3rd",
     "SGD, twice as long": "plain, twice as long",
 }
 """The modes that a comparison has too, by what they are called there."""

@@ -84,7 +84,20 @@ def sentences(results: Row) -> list[str]:
         gain = plus_minus(task["gain"], 1, "+")
         name = f"{task['name']} ({task['about']})" if "about" in task else f"**{task['name']}**"
         lines.append(f"{name}: full − plain {gain} points, {word}.")
-    return [*lines, *_best(judging(everything(results))), *reached(results["goals"])]
+    return [*_failing(results["real"]), *lines, *_best(judging(everything(results))), *reached(results["goals"])]
+
+
+def _failing(tasks: Sequence[Row]) -> list[str]:
+    """The modes that cost less than the full one, and of which nothing is kept beyond noise on a real task."""
+    found: dict[str, list[str]] = {}
+    for task in judging(tasks):
+        full = price(next(row for row in task["modes"] if row["name"] == FULL.name))
+        for row in task["modes"]:
+            kept = row["retention"]
+            if kept is not None and kept["low"] <= 0 and price(row) < 0.95 * full and not row["is_opponent"]:
+                found.setdefault(row["name"], []).append(f"{_retention(row)} on {task['name']}")
+    said = "; ".join(f"{name} ({', '.join(where)})" for name, where in found.items())
+    return [f"**Fails on real images**, where nothing of the gain is shown to be kept: {said}."] if found else []
 
 
 def _best(tasks: Sequence[Row]) -> list[str]:

@@ -2,8 +2,8 @@
 
 A pass is a gradient over all 55,000 training rows of Fashion-MNIST (60,000 less 5,000 validation rows). A row of 28×28
 takes 1.3 · 10⁹ multiplications and additions through ResNet-18, in bf16 2 s for a pass, half of it while the host
-launches kernels, so that some processes share a GPU; WRN-16-4 takes three quarters of that. Five arms make 8.2 passes
-in an epoch (SGD 1, F-GR, B-GR and SAM 2, cheap 1.2), and 19 epochs each, search and all: 156 passes, and one for each
+launches kernels, so that some processes share a GPU; WRN-16-4 takes three quarters of that. Five arms make 8.1 passes
+in an epoch (SGD 1, F-GR, B-GR and SAM 2, cheap 1.1), and 19 epochs each, search and all: 154 passes, and one for each
 of the 35 runs at its end, which reads all rows in fp32. That is 7 minutes for ResNet-18.
 """
 

@@ -199,12 +199,14 @@ AFTERWORD: tuple[Block, ...] = (
     Items(
         [
             "Five seeds: a difference that they do not show is `undecided`, not absent.",
-            "The networks are narrow (8 channels, 32 features), the training part is 10,000 rows of 55,000, and the "
-            "schedules are short: what two cores bear. On larger networks the order may change.",
+            "The networks are narrow (8 channels, 32 features), the ViT sees 28×28 pixels in patches of 7 a side (of 4 "
+            "in vit-28-modes), the training part is 10,000 rows of 55,000, and the schedules are short: what two cores "
+            "bear. On larger networks the order may change.",
             "Nine candidates an arm are few: an arm with more settings (γ or its ratio, and ε) is searched more "
             "coarsely than one with fewer (ρ), and short runs favor settings that learn fast.",
             "5,000 validation rows and one seed of each finalist decide between close candidates, with their noise.",
-            "`cheap` and MSAM look ahead along the momentum; their costs are of these small networks.",
+            "`cheap` is a split batch, a part of it ahead along the momentum. Its cost, and MSAM's, is of these "
+            "small networks.",
         ]
     ),
     Heading("To measure it again"),

@@ -82,7 +82,8 @@ def _play(plan: Plan, piece: Piece, folder: Path) -> None:
         comparison.begin(own, folder, place, _command(plan, [piece.name]), plan.workers, ())
     results = comparison.carry_out(own, folder, place, plan.workers)
     publish(report.page(results), folder)
-    _measure(own, folder, plan.workers)
+    if piece.measures_flatness:
+        _measure(own, folder, plan.workers)
 
 
 def _command(plan: Plan, names: Sequence[str]) -> str:
@@ -124,7 +125,8 @@ def _gather(plan: Plan, folder: Path, write: Path | None) -> Row:
             found = read_results(folder / name / "results.json")
         except OSError:
             continue
-        rows.append(piece_row(PIECES[name], found, kept_lines(folder / name / FLATNESS)))
+        measured = kept_lines(folder / name / FLATNESS) if PIECES[name].measures_flatness else []
+        rows.append(piece_row(PIECES[name], found, measured))
     results = {
         "name": folder.resolve().name,
         **provenance(_command(plan, planned), plan.workers, threads=1),
