@@ -315,8 +315,8 @@ def test_real_tasks_judge_what_was_played_on_all(results, tmp_path):
     text = markdown(page.page(run.show(results, tmp_path, None, real)))
     assert "**clothes**: full − plain +1.2 ± 0.7 points" in text
     assert "worst of 2 tasks, best of those at no more than 1.5× on any: every 4th 0.40" in text
-    assert "| every 4th | 1.25 | 0.50 \\[0.50, 0.50\\] | 0.40 \\[0.20, 0.60\\] at 1.27 |" in text
-    assert "| MSAM | 1.00 | 1.01 " in text  # not judged, and below what is, but shown
+    assert "| every 4th | 1.25 | 0.40 \\[0.20, 0.60\\] at 1.27 | 0.50 \\[0.50, 0.50\\] |" in text
+    assert "| MSAM | 1.00 |  | 1.01 " in text  # not judged, and below what is, but shown
     assert text.index("| every 4th") < text.index("| MSAM")
     assert "1.10×, above 0.9 of the gain, by its interval on each of these: none.\n" in text
     assert page.SMALL not in text

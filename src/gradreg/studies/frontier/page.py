@@ -20,9 +20,9 @@ Row = Mapping[str, Any]
 
 
 def overview(results: Row) -> Table:
-    """Each mode with its price and what it retains on each task; the best on its worst task first, of those that were
-    played on all."""
-    tasks = everything(results)
+    """Each mode with its price and what it retains on each task that judges; the best on its worst task first, of those
+    that were played on all."""
+    tasks = judging(everything(results)) or everything(results)
     own = {row["name"]: row for row in results["tasks"][-1]["modes"]}
     everywhere = {row["name"] for row in alike(tasks)[0]["modes"]}
     least = {name: worst(tasks, name) for name in own}
@@ -37,8 +37,8 @@ def overview(results: Row) -> Table:
 
 
 def everything(results: Row) -> list[Row]:
-    """The tasks of the study, and the real ones."""
-    return [*results["tasks"], *results["real"]]
+    """The real tasks, and those of the study."""
+    return [*results["real"], *results["tasks"]]
 
 
 def _cell(task: Row, name: str, has_cost: bool) -> str:
