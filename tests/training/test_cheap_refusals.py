@@ -58,6 +58,7 @@ def _refusals():
     yield "cheap, momentum", lambda p: gradreg.cheap(p.model, sgd(p, momentum=0), 10), "momentum=0.9"
     yield "cheap, share", lambda p: gradreg.cheap(p.model, sgd(p), 10, share=1.0), "share must"
     yield "cheap, rho", lambda p: gradreg.cheap(p.model, sgd(p), 10, rho=-1.0), "rho must"
+    yield "cheap, gamma", lambda p: gradreg.cheap(p.model, sgd(p), 10, gamma=0.1), "gamma must be left out"
     yield "cheap, rho of steps", lambda p: gradreg.cheap(p.model, sgd(p), 10, rho=lambda step: 1.0), "rho must"
     yield "probability", lambda p: gradreg.bernoulli(0.1, 1.5), "from 0 to 1"
     yield "seed", lambda p: gradreg.bernoulli(0.1, 0.5, seed=-1), "seed"

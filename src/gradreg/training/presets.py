@@ -125,6 +125,7 @@ def cheap(
 
     Raises:
         ValueError: numbers outside of their range, an optimizer without momentum.
+        TypeError: arguments of another kind, such as those of the `cheap` before.
 
     References:
         docs/frontier.md, docs/images.md; it is `Split` along `Momentum`.
@@ -137,6 +138,8 @@ def cheap(
         >>> x, y = torch.randn(20, 2), torch.randn(20, 1)
         >>> loss = regularizer.backward(lambda batch: (model(batch[0]) - batch[1]).square().mean(), [(x, y)])
     """
+    if gone := sorted({"gamma", "epsilon", "period"} & options.keys()):
+        raise TypeError(f"{gone[0]} must be left out: γ is share · rho; the cheap that had it is in CHANGELOG.md.")
     if isinstance(rho, bool) or not (isinstance(rho, int | float) and 0 < rho < math.inf):
         raise ValueError(f"rho must be a number > 0, got {rho!r}; a function of the step is for Split itself.")
     if not (isinstance(share, int | float) and 0 < share < 1):
