@@ -96,7 +96,7 @@ def cheap(
     optimizer: Any,
     num_steps: int,
     *,
-    rho: float = 0.1,
+    rho: float = 0.2,
     share: float = 0.5,
     **options: Any,
 ) -> GradientRegularizer:
@@ -119,7 +119,7 @@ def cheap(
         model: the model.
         optimizer: the base optimizer, with momentum, or a list of several; see `Momentum`.
         num_steps: of the training; ρ rises over the first 30 % of them.
-        rho: ρ > 0, the way ahead, in the units of the weights. Tune it, by factors of 3.
+        rho: ρ > 0, the way ahead, in the units of the weights; 0.2 without a number. Tune it, by factors of 3.
         share: λ, of the batch that is ahead, between 0 and 1.
         options: further arguments of `GradientRegularizer`.
 
