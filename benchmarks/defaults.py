@@ -149,7 +149,7 @@ METHODS: dict[str, Make] = {
     "SAM, ρ 0.05": fixed(0.05, 0.05, ascent="normalized"),
     **{f"cheap, ρ {rho:g}": cheap(rho=rho) for rho in (0.03, 0.1, 0.2, 0.3, 1.0)},
 }
-QUICK = ("plain", "ratio 0.1", "γ = ε = 0.1", "cheap, ρ 0.1")
+QUICK = ("plain", "ratio 0.1", "γ = ε = 0.1", "cheap, ρ 0.2")
 
 
 # One run.

@@ -331,7 +331,10 @@ def test_a_mode_that_fails_on_real_images_is_named_on_top(results, tmp_path):
     first, *_ = text[text.index("\n- ") :].strip().splitlines()
     said = "- **Fails on real images**, where nothing of the gain is shown to be kept: "
     assert first == said + "MSAM (0.10 \\[−0.10, 0.30\\] on clothes)."
-    assert "Fails on real" not in markdown(page.page(run.show(results, tmp_path, None, [])))
+    assert "Made by `gradreg frontier --images FOLDER` on" in text
+    alone = markdown(page.page(run.show(results, tmp_path, None, [])))
+    assert "Fails on real" not in alone
+    assert "Made by `gradreg frontier` on" in alone
 
 
 def test_the_page_of_an_earlier_call_is_made_anew(results, tmp_path, monkeypatch, capsys):

@@ -237,6 +237,19 @@ def test_what_was_measured_is_not_measured_again(clothes, monkeypatch):
     assert len((clothes / "a" / "resnet-14-noisy" / run.FLATNESS).read_text(encoding="utf-8").splitlines()) == 4
 
 
+def test_the_models_of_a_piece_of_modes_are_not_kept_and_not_measured(clothes, monkeypatch):
+    for piece in PIECES.values():
+        assert piece.plan().keeps_models == piece.measures_flatness == (piece.methods != pieces.MODES)
+    name = "resnet-14-noisy"
+    monkeypatch.setitem(run.PIECES, name, replace(run.PIECES[name], measures_flatness=False))
+    monkeypatch.setattr(run, "measure", None)
+    words = ["images", "--quick", "--path", "clothes", "--workers", "1", "--only", name, "--out", "a"]
+    assert main(words) == 0
+    assert not (clothes / "a" / name / run.FLATNESS).exists()
+    (row,) = json.loads((clothes / "a" / "results.json").read_text(encoding="utf-8"))["pieces"]
+    assert row["flatness"] == []
+
+
 REFUSED = [
     ("images --only resnet", "--only must be one or more of resnet-14-noisy, "),
     ("images --only", "--only"),

@@ -173,7 +173,11 @@ def test_a_selection_through_reentrant_checkpoints_is_the_same():
 def test_cheap_is_a_split_ahead_that_rises_over_the_first_steps():
     problem, other = Problem(), Problem()
     optimizer, base = sgd(problem), sgd(other)
-    problem.train(gradreg.cheap(problem.model, optimizer, 10, rho=0.7, share=0.3), optimizer, steps=5)
+    regularizer = gradreg.cheap(problem.model, optimizer, 10, rho=0.7, share=0.3)
+    plain = problem.gradient()
+    problem.train(regularizer, optimizer)
+    assert_same(problem.gradients, plain)
+    problem.train(regularizer, optimizer, steps=4)
     by_hand = gradreg.GradientRegularizer(
         other.model,
         lambda step: 0.3 * 0.7 * min(1, step / 3),
