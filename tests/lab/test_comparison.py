@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import gradreg
 from gradreg import cli
 from gradreg.lab import BadInput, Comparison, Loop, Task, compare, objective, stats, tasks
 from gradreg.lab.comparison import arms, run
 from gradreg.lab.comparison.arms import BASELINE, LONGER, around
 from gradreg.lab.comparison.plan import FIRST_SEED, LADDER, Effort, Plan, checked_methods
-from gradreg.lab.comparison.result import notes
+from gradreg.lab.comparison.result import chosen, notes, settings
 from gradreg.lab.comparison.schedule import ComparisonSchedule
 from gradreg.lab.config import RunConfig
 from gradreg.lab.metric import ACCURACY, Metric
@@ -224,6 +225,18 @@ def test_the_words_of_every_end(recorded):
     longer = words_of(recorded, lambda run: run.config.epochs / 30)
     assert f"{LONGER} reaches" in longer
     assert "SAM is worse than that" in longer
+
+
+def test_cheap_is_told_in_the_arguments_of_its_function():
+    row = {"name": "cheap", "settings": {"gamma": 0.5, "epsilon": 2.0}, "learning_rate": 0.1, "weight_decay": 0.0}
+    assert settings(row) == "ρ 2, share 0.25"
+    assert chosen(row) == "lr 0.1, wd 0, ρ 2, share 0.25"
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    named = gradreg.cheap(model, optimizer, 10, rho=2, share=0.25)
+    assert (named.gamma(10), named.epsilon(10)) == (0.5, 2.0)
+    held = row | {"name": "cheap, γ 0.5", "settings": {"epsilon": 2.0}}
+    assert settings(held) == "ε 2"
 
 
 # What fails.

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from gradreg.lab import stats
-from gradreg.lab.comparison.arms import LONGER, Arm
+from gradreg.lab.comparison.arms import AHEAD, CHEAP, LONGER, Arm
 from gradreg.lab.comparison.schedule import TEST, VALIDATION, ComparisonSchedule
 from gradreg.lab.methods import METHODS
 from gradreg.lab.metric import Metric
@@ -77,8 +77,8 @@ def _about(arm: Arm, choice: Point) -> Row:
 
 _ABOUT = {
     LONGER: "plain training for as long as two passes take",
-    "cheap": "half of the batch ahead along the momentum",
-    "ahead": "ahead along the momentum, and a penalty on a tenth of the batch in every third step",
+    CHEAP: "part of the batch ahead along the momentum",
+    AHEAD: "ahead along the momentum, and a penalty on a tenth of the batch in every third step",
 }
 
 
@@ -115,7 +115,7 @@ def verdict(results: Row) -> str:
     seeds = f"over {len(results['seeds'])} paired seeds"
     apart = f"{gap(best['difference'], metric)} {seeds}"
     numbers = f"{metric.name} {score(best['test'], metric)} against {score(plain['test'], metric)}, {apart}"
-    cost = f", at {best['cost']['median']:.2g} times the cost of a step" if best.get("cost") else ""
+    cost = f", at {best['cost']['median']:.2f} times the cost of a step" if best.get("cost") else ""
     if best["verdict"] == stats.BETTER:
         said = f"{named} is better than tuned plain training on {task}: {numbers}{cost}."
     elif best["verdict"] == stats.WORSE:
@@ -143,14 +143,28 @@ def _beside_opponent(results: Row, best: Row, metric: Metric) -> str:
 
 def settings(row: Mapping[str, Any]) -> str:
     """`ratio 0.3, ε 0.1`, or for plain training its learning rate and weight decay."""
-    own = row["settings"] or {name: row[name] for name in ("learning_rate", "weight_decay")}
-    return ", ".join(f"{_SHORT.get(name, name)} {value:g}" for name, value in own.items())
+    return _told(_own(row) or _base(row))
 
 
 def chosen(row: Mapping[str, Any]) -> str:
     """All that was chosen for an arm."""
-    numbers = {name: row[name] for name in ("learning_rate", "weight_decay")}
-    return ", ".join(f"{_SHORT.get(name, name)} {value:g}" for name, value in {**numbers, **row["settings"]}.items())
+    return _told({**_base(row), **_own(row)})
+
+
+def _base(row: Mapping[str, Any]) -> Point:
+    return {name: row[name] for name in ("learning_rate", "weight_decay")}
+
+
+def _own(row: Mapping[str, Any]) -> Point:
+    """In the arguments of the function that a user would call."""
+    found = row["settings"]
+    if row["name"] == CHEAP:
+        return {"rho": found["epsilon"], "share": found["gamma"] / found["epsilon"]}
+    return found
+
+
+def _told(settings: Point) -> str:
+    return ", ".join(f"{_SHORT.get(name, name)} {value:.3g}" for name, value in settings.items())
 
 
 def notes(results: Mapping[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ def build(config: RunConfig, data: Split) -> nn.Module:
     """
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(config.seed)
-        return _activated(MODELS[config.model].make(config, data), config)
+        return MODELS[config.model].make(config, data)
 
 
 def _activated(model: nn.Module, config: RunConfig) -> nn.Module:
@@ -48,14 +48,14 @@ class Model:
     """What rows may be: signals, images, or text."""
 
     def make(self, config: RunConfig, data: Split) -> nn.Module:
-        """The model, from the global random state; refuses data that it does not fit."""
+        """The model with its activation, from the global random state; refuses data that it does not fit."""
         kind = _kind(data)
         if kind not in self.fits:
             fitting = ", ".join(name for name, model in MODELS.items() if kind in model.fits)
             raise BadInput(f"model must be one of {fitting} with data {config.data} ({kind}), got {config.model!a}.")
         if config.patch is not None and config.model != "vit":
             raise BadInput(f"patch must be left out with model {config.model}: only vit has it, got '{config.patch}'.")
-        return self.architecture(config, data)
+        return _activated(self.architecture(config, data), config)
 
 
 def mlp(config: RunConfig, data: Split) -> nn.Module:
