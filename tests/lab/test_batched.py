@@ -77,6 +77,8 @@ def jobs_of(method, task=TASK, **changes):
         {"seed": 1, "warmup": 0.3, "momentum": 0.5, "learning_rate": 0.2, "random_labels": 0.25},
         {"seed": 0, "warmup": 1.0, "momentum": least_momentum, "weight_decay": 0.0, "random_labels": 0.5},
     ]
+    if changes.get("optimizer", task.optimizer) != "sgd":
+        own = [{name: value for name, value in other.items() if name != "momentum"} for other in own]
     return [
         Job(replace(task, method=method, **settings, **other, **changes), scored, num_records=records)
         for settings, other, scored, records in zip(

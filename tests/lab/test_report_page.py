@@ -16,7 +16,7 @@ from gradreg.lab import stats
 from gradreg.lab.attach import attach
 from gradreg.lab.config import RunConfig, from_mapping
 from gradreg.lab.folder import BadInput, json_line, write_json
-from gradreg.lab.methods import METHODS
+from gradreg.lab.methods import ASCENTS, METHODS
 from gradreg.lab.records import sealed
 from gradreg.lab.report.figures import costs_of, grid_of, line_of, scale_of
 from gradreg.lab.report.folders import read
@@ -317,15 +317,17 @@ CHEAP = {
     "split, momentum": {"method": "Split", "ascent": "momentum"},
     "split, previous": {"method": "Split", "ascent": "previous"},
 }
-SNIPPETS = {**{method: {"method": method, "ascent": "normalized"} for method in METHODS}, **CHEAP}
+SNIPPETS = {
+    **{method: {"method": method} for method in METHODS},
+    **{f"{method}, normalized": {"method": method, "ascent": "normalized"} for method in ASCENTS},
+    **CHEAP,
+}
 
 
 @pytest.mark.parametrize("name", SNIPPETS)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_the_python_snippet_trains_as_a_run_does(name, optimizer):
     values = {"gamma": 0.1, "epsilon": 0.5, "rho": 0.05, "level": 0.1}
-    if SNIPPETS[name]["method"] in ("SGD", "Flooding", "MSAM", "Previous", "Previous-down"):
-        SNIPPETS[name].pop("ascent", None)
     needs = {key: values[key] for key in METHODS[SNIPPETS[name]["method"]].needs}
     config = RunConfig(optimizer=optimizer, epochs=2, learning_rate=0.01, **SNIPPETS[name], **needs)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))

@@ -178,8 +178,7 @@ def _penalty(scheme: str) -> Options:
     def options(num_steps: int, config: RunConfig, optimizer: Any) -> dict[str, Any]:
         del optimizer
         epsilon = 1.0 if config.epsilon is None else config.epsilon  # DB has none
-        ascent = "gradient" if scheme == "exact" else config.ascent
-        return {"gamma": _gamma(num_steps, config), "epsilon": epsilon, "scheme": scheme, "ascent": ascent}
+        return {"gamma": _gamma(num_steps, config), "epsilon": epsilon, "scheme": scheme, "ascent": config.ascent}
 
     return options
 

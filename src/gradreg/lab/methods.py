@@ -14,6 +14,13 @@ SIGNS = {"MSAM": -1, "Previous": 1, "Previous-down": -1}
 """The methods that are one displaced pass, and the side of their direction to which they go."""
 ONE_PASS = (*SIGNS, "Split")
 """They have no gradient of the whole batch at θ, beside which a penalty could be held."""
+ASCENTS = {
+    **dict.fromkeys(("F-GR", "B-GR", "Central"), ("gradient", "normalized", "adaptive")),
+    "Split": ("gradient", "normalized", "momentum", "previous"),
+}
+"""The methods whose displacement has a direction of one's choice."""
+OWN_ASCENT = {"normalized": ["SAM"], "adaptive": ["ASAM"], "momentum": ["MSAM"], "previous": ["Previous"]}
+"""And those that have that one."""
 STEPS = ("period", "start", "probability")
 """The fields that say in which steps there is a penalty."""
 PASSES = ("fraction", "lookahead", "threshold", *STEPS)
@@ -74,15 +81,19 @@ def check_together(config: Any) -> None:
                 f"gamma must be below epsilon with method Split, which displaces a share γ/ε of the batch, got "
                 f"'{config.gamma:g}' and '{config.epsilon:g}'."
             )
-        if config.ascent == "adaptive":
-            raise BadInput("ascent must be one of gradient, normalized, momentum, previous with method Split.")
-    elif config.ascent in ("momentum", "previous"):
+    allowed = ASCENTS.get(config.method, ("gradient",))
+    if config.ascent not in allowed:
+        having = [key for key, ascents in ASCENTS.items() if config.ascent in ascents] + OWN_ASCENT[config.ascent]
         raise BadInput(
-            f"ascent must be one of gradient, normalized, adaptive with method {config.method}, got "
-            f"'{config.ascent}'; methods MSAM, Previous and Split have it."
+            f"ascent must be {'one of ' * (len(allowed) > 1)}{', '.join(allowed)} with method {config.method}, got "
+            f"{config.ascent!a}; methods with it: {', '.join(having)}."
         )
     if config.threshold is not None and config.fraction < 1:
         raise BadInput("threshold must be left out with a fraction of the batch: it tests the gradient of all of it.")
+    if config.optimizer != "sgd" and config.momentum != 0.9:
+        raise BadInput(
+            f"momentum must be left out with optimizer {config.optimizer}, got '{config.momentum:g}'; sgd has it."
+        )
     needs_momentum = config.method == "MSAM" or config.lookahead or config.ascent == "momentum"
     if needs_momentum and config.optimizer == "sgd" and config.momentum == 0:
         raise BadInput("momentum must be above 0 for a direction along it, got '0'.")

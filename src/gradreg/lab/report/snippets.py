@@ -130,7 +130,7 @@ def _method(config: RunConfig) -> list[str]:
         arguments += [f"epsilon={_rising(epsilon, config)}", f"ascent={ascent}", "batch=gradreg.Split()"]
         return _call("gradreg.GradientRegularizer", arguments)
     arguments += [f"epsilon={epsilon:g}", f'scheme="{_SCHEMES[config.method]}"']
-    arguments += [] if config.ascent == "gradient" or config.method == "DB" else [f'ascent="{config.ascent}"']
+    arguments += [] if config.ascent == "gradient" else [f'ascent="{config.ascent}"']
     return _call("gradreg.GradientRegularizer", [*arguments, *options])
 
 
