@@ -85,8 +85,8 @@ def check_together(config: Any) -> None:
     if config.ascent not in allowed:
         having = [key for key, ascents in ASCENTS.items() if config.ascent in ascents] + OWN_ASCENT[config.ascent]
         raise BadInput(
-            f"ascent must be {'one of ' * (len(allowed) > 1)}{', '.join(allowed)} with method {config.method}, got "
-            f"{config.ascent!a}; methods with it: {', '.join(having)}."
+            f"ascent must be {'one of ' if len(allowed) > 1 else ''}{', '.join(allowed)} with method {config.method}, "
+            f"got {config.ascent!a}; methods with it: {', '.join(having)}."
         )
     if config.threshold is not None and config.fraction < 1:
         raise BadInput("threshold must be left out with a fraction of the batch: it tests the gradient of all of it.")
