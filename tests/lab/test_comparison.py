@@ -235,6 +235,8 @@ def test_cheap_is_told_in_the_arguments_of_its_function():
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     named = gradreg.cheap(model, optimizer, 10, rho=2, share=0.25)
     assert (named.gamma(10), named.epsilon(10)) == (0.5, 2.0)
+    sixth = row | {"settings": {"gamma": 1000.0, "epsilon": 6000.0}}
+    assert settings(sixth) == "ρ 6000, share 0.167"
     held = row | {"name": "cheap, γ 0.5", "settings": {"epsilon": 2.0}}
     assert settings(held) == "ε 2"
 

@@ -110,9 +110,10 @@ def cheap(
     labels, 16 paired seeds), and on real images, a quarter of the labels random (5 seeds), 0.98 [0.76, 1.20] with a
     ResNet by SGD and 2.12 [1.48, 3.09] with a vision transformer by AdamW: where it keeps least, more than any other
     mode below 1.5 times (docs/frontier.md, docs/images.md). On 10,000 such images and a coarser transformer, where the
-    other modes were not played, it keeps 0.47 [0.18, 0.74]. It costs 1.01 to 1.20 times plain training on vision
-    transformers, and 1.26 times on that ResNet of 8 channels, on two CPU cores. ρ was tuned each time, between 0.2
-    and 6, and does not travel; the default is cautious (docs/choosing.md).
+    other modes were not played, it keeps 0.47 [0.18, 0.74]. It costs 1.09 to 1.22 times plain training on vision
+    transformers in batches of 64 and 128, 1.26 times on that ResNet of 8 channels, and about 1.5 times on both in
+    batches of 50 (two CPU cores). ρ was tuned each time, between 0.2 and 6, and does not travel; the default is
+    cautious (docs/choosing.md).
 
     Call `backward(loss_fn, batches=[batch])`, with `loss_fn(batch)` a mean over rows, which are in random order.
 

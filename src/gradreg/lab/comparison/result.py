@@ -17,7 +17,7 @@ from gradreg.lab.comparison.arms import AHEAD, CHEAP, LONGER, Arm
 from gradreg.lab.comparison.schedule import TEST, VALIDATION, ComparisonSchedule
 from gradreg.lab.methods import METHODS
 from gradreg.lab.metric import Metric
-from gradreg.lab.search import Point
+from gradreg.lab.search import Point, rounded
 from gradreg.lab.study.board import Board
 from gradreg.lab.study.schedule import key_of
 from gradreg.lab.words import SYMBOLS, gap, listed, plural, score
@@ -159,12 +159,12 @@ def _own(row: Mapping[str, Any]) -> Point:
     """In the arguments of the function that a user would call."""
     found = row["settings"]
     if row["name"] == CHEAP:
-        return {"rho": found["epsilon"], "share": found["gamma"] / found["epsilon"]}
+        return {"rho": found["epsilon"], "share": rounded(found["gamma"] / found["epsilon"])}
     return found
 
 
 def _told(settings: Point) -> str:
-    return ", ".join(f"{_SHORT.get(name, name)} {value:.3g}" for name, value in settings.items())
+    return ", ".join(f"{_SHORT.get(name, name)} {value:g}" for name, value in settings.items())
 
 
 def notes(results: Mapping[str, Any]) -> list[str]:
