@@ -407,9 +407,13 @@ def test_the_command_writes_its_folder_and_page(tiny, tmp_path, capsys):
         ("--tune --images a", "--images must be left out with --tune"),
         ("--from a", "--out must be left out with --from"),
         ("--from a --seeds 3", "--seeds must be left out with --from"),
-        ("--images a", "--images must be a folder of gradreg images with its results, got 'a': No such file"),
+        (
+            "--images a",
+            "--images must be a folder of gradreg images with its results, or its record, got 'a': No such file",
+        ),
         ("--images bare", "--images must hold a piece with all modes (resnet-14-modes, vit-28-modes) in which F-GR"),
-        ("--images other", "--images must be a folder of gradreg images with its results, got 'other': results.json"),
+        ("--images bare/results.json", "--images must hold a piece with all modes"),
+        ("--images other", "--images must be a folder of gradreg images with its results, or its record, got 'other'"),
     ],
 )
 def test_bad_input_gets_one_line_and_no_folder(arguments, message, tmp_path, monkeypatch, capsys):

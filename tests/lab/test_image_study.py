@@ -13,6 +13,7 @@ from idx_files import encoded, write
 from torch import nn
 
 from gradreg.cli import main
+from gradreg.lab.about import provenance
 from gradreg.lab.comparison.plan import Effort, Plan
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import idx
@@ -22,7 +23,7 @@ from gradreg.lab.records import read_record
 from gradreg.studies.claims.claim import FAILS, HOLDS, UNDECIDED
 from gradreg.studies.frontier.modes import ARMS, FULL, MODES, PLAIN
 from gradreg.studies.frontier.summary import goals
-from gradreg.studies.images import flatness, pieces, run
+from gradreg.studies.images import flatness, pieces, record, run
 from gradreg.studies.images.page import judged, page
 from gradreg.studies.images.pieces import PIECES, Piece
 from gradreg.studies.images.summary import as_tasks, flatness_rows, piece_row, real_tasks
@@ -111,6 +112,7 @@ def results_of(**scores):
         "seeds": [0, 1, 2],
         "training_seconds": 7.0,
         "num_runs": 9,
+        **provenance("gradreg images"),
         "plan": plan,
         "metric": {"name": "accuracy", "higher_is_better": True, "is_share": True},
     }
@@ -189,8 +191,9 @@ def clothes(tmp_path, monkeypatch):
         return Plan(base, piece.methods, effort, has_opponent=False, keeps_models=True)
 
     monkeypatch.setattr(Piece, "quick_plan", quick)
-    for module in (pieces, run):
+    for module in (pieces, run, record):
         monkeypatch.setattr(module, "PIECES", small)
+    for module in (pieces, run):
         monkeypatch.setattr(module, "QUICK", tuple(small))
     monkeypatch.chdir(tmp_path)
     yield tmp_path
@@ -216,8 +219,63 @@ def test_pieces_are_kept_and_gone_on_with(clothes, capsys):
         own = read_record(clothes / "a" / piece["name"] / "results.json")
         assert piece["claims"][0]["difference"]["mean"] == pytest.approx(own["arms"][1]["difference"]["mean"])
     text = (clothes / "images.md").read_text(encoding="utf-8")
-    assert text == markdown(page(results), "figures/images-")
+    assert text == markdown(page(results, "images.json"), "figures/images-")
     assert (clothes / "figures" / "images-gains.svg").is_file()
+
+
+def test_a_page_keeps_the_pieces_that_were_played_elsewhere(clothes, capsys):
+    words = ["images", "--quick", "--path", "clothes", "--workers", "1", "--write", "images.md", "--only"]
+    assert main([*words, "resnet-14-noisy", "--out", "a"]) == 0
+    first = read_record(clothes / "images.json")
+    shutil.rmtree(clothes / "a")  # as folders of runs get lost
+    assert main([*words, "resnet-14-clean", "--out", "b"]) == 0
+    held = read_record(clothes / "images.json")
+    assert [piece["name"] for piece in held["pieces"]] == ["resnet-14-noisy", "resnet-14-clean"]
+    assert held["pieces"][0] == first["pieces"][0]
+    assert held["training_seconds"] == sum(piece["seconds"] for piece in held["pieces"])
+    text = (clothes / "images.md").read_text(encoding="utf-8")
+    assert "All 2 pieces are here." in text
+    assert "[images.json](images.json), with each seed's score. " in text
+    assert text == markdown(page(held, "images.json"), "figures/images-")
+    assert "1 of 2 pieces are here" in (clothes / "b" / "images.md").read_text(encoding="utf-8")
+    assert read_record(clothes / "b" / "results.json")["missing"] == ["resnet-14-noisy"]
+
+
+def test_what_another_plan_gave_does_not_stay_on_the_page(clothes, monkeypatch):
+    words = ["images", "--quick", "--path", "clothes", "--workers", "1", "--write", "images.md", "--only"]
+    assert main([*words, "resnet-14-noisy", "--out", "a"]) == 0
+    quick = Piece.quick_plan
+    monkeypatch.setattr(Piece, "quick_plan", lambda piece, path=None: replace(quick(piece, path), first_seed=7))
+    assert main([*words, "resnet-14-clean", "--out", "b"]) == 0
+    assert read_record(clothes / "images.json")["missing"] == ["resnet-14-noisy"]
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ('{"command": "gradreg images", "is_quick": false, "pieces": []}', "is the record of a full study"),
+        ('{"command": "gradreg images", "is_quick": true, "check": "0"}', "must be its record, and was changed after"),
+        ('{"command": "gradreg claims"}', "must be its record, and is of something else"),
+        ("no", "must be its record, and is not JSON"),
+    ],
+)
+def test_a_record_that_would_be_lost_is_refused(held, message, clothes, capsys):
+    (clothes / "images.json").write_text(held)
+    assert main(["images", "--quick", "--path", "clothes", "--write", "images.md", "--out", "a"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert (clothes / "images.json").read_text() == held
+    assert not (clothes / "a").exists()
+
+
+def test_where_single_seeds_are_lost_the_page_says_so():
+    row = piece_row(PIECES["resnet-14-noisy"], results_of(**{"SGD": [0.8, 0.7], "F-GR": [0.9, 0.6]}), [])
+    kept = {"pieces": [row], "missing": [], "is_quick": False, "training_seconds": 1.0, **provenance("gradreg images")}
+    assert page(kept, "a.json").blocks[-1].startswith("Every number of this page is in [a.json](a.json), with each")
+    for found in row["arms"]:
+        del found["scores"]
+    assert "(not of resnet-14-noisy: there, as this page has them)" in page(kept, "a.json").blocks[-1]
 
 
 def test_what_was_measured_is_not_measured_again(clothes, monkeypatch):

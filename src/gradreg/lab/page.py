@@ -91,13 +91,22 @@ def markdown(page: Page, figures: str = "figures/") -> str:
 def publish(page: Page, folder: Path, *written: Path) -> None:
     """report.html; and each of `written` as Markdown with its figures in figures/, or else the figures as files."""
     write_text(folder / "report.html", html(page))
-    places = [(path.parent / "figures", f"{path.stem}-") for path in written] or [(folder, "")]
-    for inside, prefix in places:
-        inside.mkdir(exist_ok=True)
-        for figure in page.figures:
-            write_text(inside / f"{prefix}{figure.name}.svg", figure.svg)
+    if not written:
+        _write_figures(page, folder)
     for path in written:
-        write_text(path, markdown(page, f"figures/{path.stem}-"))
+        write_page(page, path)
+
+
+def write_page(page: Page, path: Path) -> None:
+    """As Markdown, with its figures in figures/ beside it."""
+    _write_figures(page, path.parent / "figures", f"{path.stem}-")
+    write_text(path, markdown(page, f"figures/{path.stem}-"))
+
+
+def _write_figures(page: Page, folder: Path, prefix: str = "") -> None:
+    folder.mkdir(exist_ok=True)
+    for figure in page.figures:
+        write_text(folder / f"{prefix}{figure.name}.svg", figure.svg)
 
 
 def tell(blocks: Sequence[Block], results: Mapping[str, Any], folder: Path) -> None:

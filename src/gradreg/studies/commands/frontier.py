@@ -26,7 +26,9 @@ def frontier(
     seeds: Annotated[int | None, whole("--seeds", 2, 100, "How many; by default 16, with --quick 6")] = None,
     images: Annotated[
         Path | None,
-        Parameter(name="--images", help="Folder of `gradreg images`, whose real tasks the page judges by, too."),
+        Parameter(
+            name="--images", help="Folder or record of `gradreg images`, whose real tasks the page judges by, too."
+        ),
     ] = None,
     measured: Annotated[
         Path | None, Parameter(name="--from", help="Folder of an earlier call, whose page is made anew: runs nothing.")
@@ -84,7 +86,7 @@ def _left_out(given: Mapping[str, bool], beside: str) -> None:
 def _real_tasks(folder: Path) -> list[dict[str, Any]]:
     """
     Raises:
-        BadInput: it is no folder of `gradreg images`, or there is nothing to keep in it.
+        BadInput: it is no folder or record of `gradreg images`, or there is nothing to keep in it.
     """
     from gradreg.studies.images.pieces import MODES, PIECES
     from gradreg.studies.images.summary import real_tasks
@@ -107,12 +109,12 @@ def _results(option: str, kind: str, folder: Path) -> dict[str, Any]:
     from gradreg.lab.records import read_record
 
     try:
-        results = read_record(folder / "results.json")
+        results = read_record(folder if folder.is_file() else folder / "results.json")
         if not str(results.get("command")).startswith(f"gradreg {kind}"):
             raise ValueError("is of something else")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or f"results.json {error}"
-        where = f"a folder of gradreg {kind} with its results"
+        where = f"a folder of gradreg {kind} with its results{', or its record' * (kind == 'images')}"
         raise BadInput(f"{option} must be {where}, got {shown(folder)}: {why}.") from None
     return results
 

@@ -49,6 +49,7 @@ def images(
 
         check_page(write, "gradreg images")
     plan = Plan(_names(only, pieces_of(quick)), quick, path, workers or default_workers())
+    plan.recorded(write)
     if resume is None:
         _check_data(path)
     folder = resume or new_folder(out, "images")

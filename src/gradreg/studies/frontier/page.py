@@ -235,7 +235,7 @@ AFTERWORD: tuple[Block, ...] = (
         "gradreg frontier                           # all of it\n"
         "gradreg frontier --quick                   # two tasks, few seeds\n"
         "gradreg frontier --tune                    # the choice of every mode's numbers, once more\n"
-        "gradreg frontier --images FOLDER           # with the real tasks of `gradreg images`\n"
+        "gradreg frontier --images docs/images.json  # with the real tasks of `gradreg images`\n"
         "gradreg frontier --from FOLDER             # the page of what was measured, once more\n"
         "gradreg frontier --write docs/frontier.md  # also this page and its figures",
         "bash",

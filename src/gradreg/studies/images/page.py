@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradreg.lab.comparison.report import chosen_table, table
@@ -110,7 +110,8 @@ def notes() -> list[str]:
     ]
 
 
-def page(results: Row) -> Page:
+def page(results: Row, record: str = "") -> Page:
+    """`record`: the file beside it that has its numbers."""
     pieces = results["pieces"]
     drawn = [piece for piece in pieces if any(row.get("difference") for row in piece["arms"])]
     return Page(
@@ -132,6 +133,7 @@ def page(results: Row) -> Page:
             Heading("The pieces"),
             *(block for piece in pieces for block in _section(piece)),
             *AFTERWORD,
+            *([_record(pieces, record)] if record else []),
         ],
         "gradreg images",
     )
@@ -177,8 +179,19 @@ def _section(piece: Row) -> list[Block]:
         chosen_table(_as_comparison(piece)),
         f"`{piece['name']}`: {base['num_train']:,} training rows, batches of {base['batch_size']}, {base['epochs']} "
         f"epochs, {base['optimizer']}; {searched} of each arm, the best {plan['finalists']} for all epochs on another "
-        f"seed; {len(seeds)} test seeds. {piece['num_runs']} runs, {duration(piece['seconds'])} of one core.",
+        f"seed; {len(seeds)} test seeds. {piece['num_runs']} runs, {duration(piece['seconds'])} of one core; "
+        f"{plain(piece['made']['date'][:10])}.",
     ]
+
+
+def _record(pieces: Sequence[Row], record: str) -> str:
+    """Where the numbers are."""
+    means = [piece["name"] for piece in pieces if not all("scores" in arm for arm in piece["arms"])]
+    but = f" (not of {listed(means)}: there, as this page has them)" if means else ""
+    return (
+        f"Every number of this page is in [{record}]({record}), with each seed's score{but}. `--write` keeps what it "
+        "has of pieces that the folder lacks, so that pieces can be played on several machines."
+    )
 
 
 KEPT = (
@@ -215,7 +228,7 @@ AFTERWORD: tuple[Block, ...] = (
         f"gradreg images --only {next(iter(PIECES))}           # one of them\n"
         "gradreg images --resume results/images-…         # goes on where it was stopped\n"
         "gradreg images --quick                           # that all of it runs, in minutes\n"
-        "gradreg images --resume FOLDER --write docs/images.md  # also this page and its figure",
+        "gradreg images --resume FOLDER --write docs/images.md  # also this page, figures and record",
         "bash",
     ),
     "The data: Debian's package `dataset-fashion-mnist`, or the four files in a folder named by `--path`.",

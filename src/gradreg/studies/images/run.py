@@ -1,4 +1,7 @@
-"""Goes through the pieces: plays each in a folder of its own, measures its models, and writes the page anew."""
+"""Goes through the pieces: plays each in a folder of its own, measures its models, and writes the page anew.
+
+With `--write`, the page and its record also have the pieces that were played elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from gradreg.lab.comparison.plan import Plan as ComparisonPlan
 from gradreg.lab.comparison.schedule import weights_name
 from gradreg.lab.config import RunConfig
 from gradreg.lab.folder import Hopeless, append_line, shown, write_json
-from gradreg.lab.page import publish, tell
+from gradreg.lab.page import publish, tell, write_page
 from gradreg.lab.player import on_processes
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.records import kept_lines, read_results, sealed
@@ -26,6 +29,7 @@ from gradreg.lab.study.workers import MODELS
 from gradreg.studies.images.flatness import Kept, measure
 from gradreg.studies.images.page import page, told
 from gradreg.studies.images.pieces import PIECES, QUICK, Piece
+from gradreg.studies.images.record import merged, place_of, recorded, write_record
 from gradreg.studies.images.summary import piece_row
 
 KIND = "images"
@@ -46,6 +50,10 @@ class Plan:
 
     def of(self, piece: Piece) -> ComparisonPlan:
         return piece.quick_plan(self.path) if self.is_quick else piece.plan(self.path)
+
+    def recorded(self, write: Path | None) -> list[Row]:
+        """What lies beside the page."""
+        return [] if write is None else recorded(write, self.is_quick, self.of)
 
 
 def pieces_of(is_quick: bool) -> tuple[str, ...]:
@@ -116,18 +124,35 @@ def _config(plan: ComparisonPlan, arm: Any, chosen: dict[str, Row], seed: int) -
     return arm.config(plan.base, point, seed)
 
 
-def _gather(plan: Plan, folder: Path, write: Path | None) -> Row:
-    """What is there by now, as results.json and as the page."""
-    planned = pieces_of(plan.is_quick)
+def _rows(plan: Plan, folder: Path) -> list[Row]:
+    """Of the pieces that a study has."""
     rows = []
-    for name in planned:
+    for name in pieces_of(plan.is_quick):
         try:
             found = read_results(folder / name / "results.json")
         except OSError:
             continue
         measured = kept_lines(folder / name / FLATNESS) if PIECES[name].measures_flatness else []
         rows.append(piece_row(PIECES[name], found, measured))
-    results = {
+    return rows
+
+
+def _gather(plan: Plan, folder: Path, write: Path | None) -> Row:
+    """What is there by now, as results.json and as the page."""
+    rows = _rows(plan, folder)
+    results = _results(plan, folder, rows)
+    write_json(folder / "results.json", results)
+    publish(page(results), folder, folder / PAGE)
+    if write is not None:
+        whole = _results(plan, folder, merged(pieces_of(plan.is_quick), rows, plan.recorded(write)))
+        write_record(write, whole)
+        write_page(page(whole, place_of(write).name), write)
+    return results
+
+
+def _results(plan: Plan, folder: Path, rows: Sequence[Row]) -> Row:
+    planned = pieces_of(plan.is_quick)
+    return {
         "name": folder.resolve().name,
         **provenance(_command(plan, planned), plan.workers, threads=1),
         "date": time.strftime("%Y-%m-%d"),
@@ -136,6 +161,3 @@ def _gather(plan: Plan, folder: Path, write: Path | None) -> Row:
         "pieces": rows,
         "missing": [name for name in planned if name not in [row["name"] for row in rows]],
     }
-    write_json(folder / "results.json", results)
-    publish(page(results), folder, folder / PAGE, *([write] if write else []))
-    return results

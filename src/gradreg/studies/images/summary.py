@@ -43,6 +43,7 @@ def piece_row(piece: Piece, results: Mapping[str, Any], models: Sequence[Mapping
         "seconds": results["training_seconds"],
         "num_runs": results["num_runs"],
         "plan": results["plan"],
+        "made": {name: results[name] for name in ("date", "machine", "versions")},
         "verdict": verdict({**results, "task": piece.about}),
         "arms": list(arms.values()),
         "claims": [
