@@ -14,7 +14,7 @@ from torch import nn
 
 from gradreg.cli import main
 from gradreg.lab.about import provenance
-from gradreg.lab.comparison.plan import Effort, Plan
+from gradreg.lab.comparison.plan import Effort, Plan, Taken
 from gradreg.lab.config import RunConfig
 from gradreg.lab.data import idx
 from gradreg.lab.data.parts import Part
@@ -158,6 +158,12 @@ def test_every_piece_can_run_and_the_first_claims_are_all_there():
             assert {a.name for a in plan.arms} >= {"SGD", "F-GR"}
             assert Plan.from_row(json.loads(json.dumps(plan.as_row()))) == plan
             assert plan.effort.search_epochs < plan.base.epochs
+        if piece.settings_of:
+            taken = {arm.name: Taken({"learning_rate": 0.1}, 0.8) for arm in PIECES[piece.settings_of].plan().arms}
+            plan = piece.plan(None, taken)
+            assert set(plan.taken) == {arm.name for arm in plan.arms}
+            assert Plan.from_row(json.loads(json.dumps(plan.as_row()))) == plan
+            assert list(PIECES).index(piece.settings_of) < list(PIECES).index(piece.name)
     found = {a.name for a in PIECES["resnet-14-clean"].plan().arms}
     assert found == {"SGD", "F-GR", "B-GR", "DB", "SAM", "cheap", "F-GR, ε 0.02", "F-GR, ε 0.5", "SGD, twice as long"}
     assert set(pieces.QUICK) < set(PIECES)
@@ -186,9 +192,9 @@ def clothes(tmp_path, monkeypatch):
     }
     effort = Effort(1, 2, 1, 1, 1, 1)
 
-    def quick(piece, path=None):
+    def quick(piece, path=None, taken=None):
         base = replace(piece.base, path=path, shrink=2, width=2, batch_size=33, epochs=2)
-        return Plan(base, piece.methods, effort, has_opponent=False, keeps_models=True)
+        return piece._taking(Plan(base, piece.methods, effort, has_opponent=False, keeps_models=True), taken)
 
     monkeypatch.setattr(Piece, "quick_plan", quick)
     for module in (pieces, run, record):
@@ -241,11 +247,36 @@ def test_a_page_keeps_the_pieces_that_were_played_elsewhere(clothes, capsys):
     assert read_record(clothes / "b" / "results.json")["missing"] == ["resnet-14-noisy"]
 
 
+def test_a_piece_takes_the_settings_of_another(clothes, monkeypatch, capsys):
+    larger = replace(run.PIECES["resnet-14-noisy"], name="resnet-28-noisy", settings_of="resnet-14-noisy")
+    monkeypatch.setitem(run.PIECES, larger.name, larger)
+    monkeypatch.setattr(run, "QUICK", ("resnet-14-noisy", larger.name))
+    words = ["images", "--quick", "--path", "clothes", "--workers", "1", "--write", "images.md", "--only"]
+    assert main([*words, larger.name, "--out", "a"]) == 2
+    error = capsys.readouterr().err
+    assert "resnet-28-noisy takes its settings from resnet-14-noisy, which is neither in 'a' nor in" in error
+    assert "play that first, with --only resnet-14-noisy" in error
+    assert not (clothes / "a" / larger.name).exists()
+    assert main(["images", "--resume", "a", "--workers", "1", "--write", "images.md"]) == 0
+    first, second = read_record(clothes / "images.json")["pieces"]
+    assert (second["name"], second["num_runs"]) == (larger.name, 4)  # two arms, two test seeds
+    chosen = ("name", "learning_rate", "weight_decay", "settings", "validation")
+    assert [[arm[key] for key in chosen] for arm in first["arms"]] == [
+        [arm[key] for key in chosen] for arm in second["arms"]
+    ]
+    assert "the settings of `resnet-14-noisy`, whose validation this is; 2 test seeds" in (
+        clothes / "images.md"
+    ).read_text(encoding="utf-8")
+    assert main([*words, larger.name, "--out", "b"]) == 0  # from the record beside the page
+    again = read_record(clothes / "b" / larger.name / "results.json")["arms"]
+    assert [arm["scores"] for arm in again] == [arm["scores"] for arm in second["arms"]]
+
+
 def test_what_another_plan_gave_does_not_stay_on_the_page(clothes, monkeypatch):
     words = ["images", "--quick", "--path", "clothes", "--workers", "1", "--write", "images.md", "--only"]
     assert main([*words, "resnet-14-noisy", "--out", "a"]) == 0
     quick = Piece.quick_plan
-    monkeypatch.setattr(Piece, "quick_plan", lambda piece, path=None: replace(quick(piece, path), first_seed=7))
+    monkeypatch.setattr(Piece, "quick_plan", lambda piece, *args: replace(quick(piece, *args), first_seed=7))
     assert main([*words, "resnet-14-clean", "--out", "b"]) == 0
     assert read_record(clothes / "images.json")["missing"] == ["resnet-14-noisy"]
 
@@ -343,7 +374,7 @@ def test_a_piece_of_another_version_is_not_mixed_in(clothes, monkeypatch, capsys
     words = ["images", "--quick", "--path", "clothes", "--workers", "1", "--only", "resnet-14-noisy", "--out", "a"]
     assert main(words) == 0
     quick = Piece.quick_plan
-    monkeypatch.setattr(Piece, "quick_plan", lambda piece, path=None: replace(quick(piece, path), first_seed=7))
+    monkeypatch.setattr(Piece, "quick_plan", lambda piece, *args: replace(quick(piece, *args), first_seed=7))
     assert main(["images", "--resume", "a", "--workers", "1"]) == 2
     assert "resnet-14-noisy must be that of this version" in capsys.readouterr().err
     shutil.rmtree(clothes / "a")

@@ -8,7 +8,7 @@ of each arm is then trained once more for each test seed, and read on test rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from gradreg.lab.comparison.arms import BASELINE, Arm, arm_of, longer
@@ -67,6 +67,15 @@ LADDER = tuple(
 
 
 @dataclass(frozen=True)
+class Taken:
+    """What another comparison came to for an arm."""
+
+    point: Mapping[str, float]
+    validation: float | None
+    """Score there."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is compared."""
 
@@ -84,6 +93,8 @@ class Plan:
     """Whether the weights at the end of each test run are kept in the folder."""
     num_records: int = RECORDS
     """How often a test run records its training loss, which reads all training rows; 0 for its end only."""
+    taken: Mapping[str, Taken] = field(default_factory=dict)
+    """Of every arm by its name, or of none: the choice of a comparison on a cheaper task, in the place of a search."""
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -118,8 +129,9 @@ class Plan:
             "digest": self.digest,
             "keeps_models": self.keeps_models,
             "num_records": self.num_records,
+            "taken": {name: asdict(taken) for name, taken in self.taken.items()},
         }
-        later = {"search_epochs": 0, "keeps_models": False, "num_records": RECORDS}
+        later = {"search_epochs": 0, "keeps_models": False, "num_records": RECORDS, "taken": {}}
         return {name: value for name, value in row.items() if name not in later or value != later[name]}
 
     @classmethod
@@ -133,6 +145,7 @@ class Plan:
             rest = {name: row[name] for name in ("first_seed", "by", "has_opponent", "digest")}
             rest["keeps_models"] = row.get("keeps_models", False)
             rest["num_records"] = int(row.get("num_records", RECORDS))
+            rest["taken"] = {name: Taken(**taken) for name, taken in row.get("taken", {}).items()}
             return cls(from_mapping(row["base"], "base"), tuple(row["methods"]), effort, **rest)
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"the plan must be that of a comparison, and has no good {error}.") from None

@@ -87,7 +87,7 @@ def page(results: Row) -> Page:
             table(results),
             *figures,
             Heading("What was chosen"),
-            "On validation rows, with as many candidates for each.",
+            "In another comparison." if results["plan"].get("taken") else SEARCHED,
             chosen_table(results),
             Heading(f"{best['name']}, to copy"),
             Code(snippet(results, best), "python"),
@@ -117,6 +117,7 @@ def configuration(results: Row, row: Row) -> Any:
     return from_mapping({key: value for key, value in {**base, **rate, **own}.items() if value is not None})
 
 
+SEARCHED = "On validation rows, with as many candidates for each."
 SCORES = (
     "Test {metric} of each arm, mean and 95% interval over seeds; the dashed line is tuned plain training. A hollow "
     "marker says that the paired difference to SGD may be zero."

@@ -42,9 +42,9 @@ def arm_rows(schedule: ComparisonSchedule, board: Board, costs: Mapping[str, Row
         scores = [result.score for result in test]
         row = {
             **_about(arm, found.choice),
-            "tried": len(found.tried),
+            "tried": 0 if plan.taken else len(found.tried),
             "runs": len(found.entries) + len(test),
-            "validation": _mean([result.score for result in chosen]),
+            "validation": plan.taken[arm.name].validation if plan.taken else _mean([run.score for run in chosen]),
             "scores": scores,
             "failed": [_last_line(r.error) for _, runs in found.tried for r in runs or () if r.error]
             + [_last_line(r.error) for r in test if r.error],
@@ -184,8 +184,13 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     said = [
         f"Score: {metric.name} on test rows, in {unit}; {way} is better. Mean and 95 % interval (Student's t) over "
         f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}; differences and verdicts are paired by seed.",
-        f"Each arm was tuned alike, by validation rows: at most {tried}; SGD's learning rate and weight decay first, "
-        "from which the others start. The test rows were read once, by the choice of each arm.",
+        (
+            "Nothing was searched for: each arm has the settings that it came to in another comparison, of which its "
+            "validation score is. The test rows were read once."
+            if plan.get("taken")
+            else f"Each arm was tuned alike, by validation rows: at most {tried}; SGD's learning rate and weight decay "
+            "first, from which the others start. The test rows were read once, by the choice of each arm."
+        ),
         "SGD is plain training, with the task's own optimizer.",
         *([results["how_cost"]] if results.get("how_cost") else []),
         *results.get("not_afforded", []),

@@ -78,7 +78,11 @@ class ComparisonSchedule(Schedule):
         return found
 
     def _progress(self, a: int, center: Point, board: Board, results: Mapping[str, Result]) -> Progress:
-        plan, points = self.plan, self._entered(a, board)
+        plan = self.plan
+        if plan.taken:
+            choice = dict(plan.taken[self.arms[a].name].point)
+            return Progress([], choice, [(choice, None)])
+        points = self._entered(a, board)
         runs = [self._runs(f"{a}-{k}", plan.search_seeds, results) for k in range(len(points))]
         tried = list(zip(points, runs))
         search = self.arms[a].search(plan.base, center, plan.effort.trials)

@@ -14,7 +14,7 @@ from gradreg.lab.folder import BadInput, new_folder
 @app.command
 def images(
     *,
-    quick: Annotated[bool, switch("--quick", "Two pieces at tiny sizes: that all of it runs, in minutes.")] = False,
+    quick: Annotated[bool, switch("--quick", "Three pieces at tiny sizes: that all of it runs, in minutes.")] = False,
     only: Annotated[
         list[str] | None,
         Parameter(name="--only", consume_multiple=True, negative="", help="Some of the pieces, by name."),

@@ -2,14 +2,16 @@
 
 A ResNet of 8n + 2 layers with BatchNorm by SGD, and a vision transformer by AdamW, on 10,000 rows of Fashion-MNIST or
 fewer. All arms are tuned alike, each by as many candidates for a third of the epochs, of which the best three train to
-the end; no seed of that is one of the test.
+the end; no seed of that is one of the test. The ResNet at full resolution has the settings that its arms came to at
+half of it, where a search costs a third.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from gradreg.lab.comparison.plan import Effort, Plan
+from gradreg.lab.comparison.plan import Effort, Plan, Taken
 from gradreg.lab.config import RunConfig
 
 SMALL, LARGE = "F-GR:epsilon=0.02", "F-GR:epsilon=0.5"
@@ -42,6 +44,7 @@ _FINER = replace(_RESNET, model="vit", depth=4, width=32, optimizer="adamw", lea
 _VIT = replace(_FINER, patch=7)
 """In 4×4 patches: 16 of them in the place of 49."""
 _EFFORT = Effort(trials=9, seeds=5, search_seeds=1, finalists=3, final_seeds=1, search_epochs=5)
+_QUICK = Effort(trials=2, seeds=2, search_seeds=1, finalists=1, final_seeds=1, search_epochs=1)
 
 
 @dataclass(frozen=True)
@@ -57,19 +60,29 @@ class Piece:
     """Not where another piece has the same arms."""
     measures_flatness: bool = True
     """Minutes on two cores for each arm."""
+    settings_of: str = ""
+    """The piece from which its arms take their settings, where they are not searched for."""
 
-    def plan(self, path: str | None = None) -> Plan:
-        """With the data at a path, or where Debian's package has it."""
-        effort = replace(_EFFORT, search_epochs=self.search_epochs)
-        return Plan(replace(self.base, path=path), self.methods, effort, keeps_models=self.measures_flatness)
+    def plan(self, path: str | None = None, taken: Mapping[str, Taken] | None = None) -> Plan:
+        """With the data at a path, or where Debian's package has it, and what is taken from the piece `settings_of`."""
+        plan = self._plan(replace(self.base, path=path), replace(_EFFORT, search_epochs=self.search_epochs))
+        return self._taking(plan, taken)
 
-    def quick_plan(self, path: str | None = None) -> Plan:
+    def quick_plan(self, path: str | None = None, taken: Mapping[str, Taken] | None = None) -> Plan:
         """A few hundred rows for two epochs, and two candidates: to see that all of it runs."""
         base = replace(self.base, path=path, shrink=4, width=4, depth=10 if self.base.model == "resnet18" else 1)
         base = replace(base, num_train=300, batch_size=50, epochs=2)
-        return Plan(
-            base, self.methods, Effort(2, 2, 1, 1, 1, 1), has_opponent=False, keeps_models=self.measures_flatness
-        )
+        return self._taking(replace(self._plan(base, _QUICK), has_opponent=False), taken)
+
+    def _plan(self, base: RunConfig, effort: Effort) -> Plan:
+        return Plan(base, self.methods, effort, keeps_models=self.measures_flatness)
+
+    def _taking(self, plan: Plan, taken: Mapping[str, Taken] | None) -> Plan:
+        if not self.settings_of:
+            return plan
+        tests = Effort(trials=0, seeds=plan.effort.seeds, search_seeds=1, finalists=0, final_seeds=0)
+        own = {arm.name: taken[arm.name] for arm in plan.arms} if taken else {}
+        return replace(plan, effort=tests, num_records=0, taken=own)
 
 
 def _noisy(base: RunConfig) -> RunConfig:
@@ -126,9 +139,21 @@ PIECES: dict[str, Piece] = {
         Piece("resnet-14-clean", "ResNet-10, 14×14 pixels, clean labels", _SMALLER, CLAIMED),
         Piece("vit-28-noisy", "ViT, 25 % random labels", _noisy(_VIT), METHODS),
         Piece("vit-28-clean", "ViT, clean labels", _VIT, METHODS),
-        Piece("resnet-28-noisy", "ResNet-10, 28×28 pixels, 25 % random labels", _noisy(_LARGER), METHODS),
-        Piece("resnet-28-clean", "ResNet-10, 28×28 pixels, clean labels", _LARGER, METHODS),
+        Piece(
+            "resnet-28-noisy",
+            "ResNet-10, 28×28 pixels, 25 % random labels",
+            _noisy(_LARGER),
+            METHODS,
+            settings_of="resnet-14-noisy",
+        ),
+        Piece(
+            "resnet-28-clean",
+            "ResNet-10, 28×28 pixels, clean labels",
+            _LARGER,
+            METHODS,
+            settings_of="resnet-14-clean",
+        ),
     )
 }
 """In the order in which they are played: what costs least and says most comes first."""
-QUICK = ("resnet-14-noisy", "vit-28-noisy")
+QUICK = ("resnet-14-noisy", "vit-28-noisy", "resnet-28-noisy")

@@ -52,9 +52,9 @@ def write_record(page: Path, results: Mapping[str, Any]) -> None:
 
 
 def _is_of(row: Row, plan: Plan) -> bool:
-    """Whether it was played by this plan, wherever the data lay."""
+    """Whether it was played by this plan, wherever the data lay and whatever settings it took."""
     own = Plan.from_row(row["plan"])
-    return replace(own, base=replace(own.base, path=plan.base.path)) == plan
+    return replace(own, base=replace(own.base, path=plan.base.path), taken=plan.taken) == plan
 
 
 def merged(planned: Sequence[str], *sources: Sequence[Row]) -> list[Row]:

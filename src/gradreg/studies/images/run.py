@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from gradreg.lab.about import provenance
 from gradreg.lab.comparison import report
 from gradreg.lab.comparison import run as comparison
 from gradreg.lab.comparison.plan import Plan as ComparisonPlan
+from gradreg.lab.comparison.plan import Taken
 from gradreg.lab.comparison.schedule import weights_name
 from gradreg.lab.config import RunConfig
 from gradreg.lab.folder import Hopeless, append_line, shown, write_json
@@ -30,7 +31,7 @@ from gradreg.studies.images.flatness import Kept, measure
 from gradreg.studies.images.page import page, told
 from gradreg.studies.images.pieces import PIECES, QUICK, Piece
 from gradreg.studies.images.record import merged, place_of, recorded, write_record
-from gradreg.studies.images.summary import piece_row
+from gradreg.studies.images.summary import piece_row, taken_from
 
 KIND = "images"
 PAGE = "images.md"
@@ -48,8 +49,8 @@ class Plan:
     """Folder of the four files of Fashion-MNIST; by default that of Debian's package."""
     workers: int = 2
 
-    def of(self, piece: Piece) -> ComparisonPlan:
-        return piece.quick_plan(self.path) if self.is_quick else piece.plan(self.path)
+    def of(self, piece: Piece, taken: Mapping[str, Taken] | None = None) -> ComparisonPlan:
+        return (piece.quick_plan if self.is_quick else piece.plan)(self.path, taken)
 
     def recorded(self, write: Path | None) -> list[Row]:
         """What lies beside the page."""
@@ -68,22 +69,24 @@ def begin(plan: Plan, folder: Path) -> None:
 def run_images(plan: Plan, folder: Path, write: Path | None = None) -> Row:
     """Play what is left of the pieces that are named; return what results.json holds."""
     for name in plan.names:
-        _play(plan, PIECES[name], folder / name)
+        _play(plan, PIECES[name], folder, write)
         _gather(plan, folder, write)  # also what is there so far is a page
     results = _gather(plan, folder, write)
     tell(told(results), results, folder)
     return results
 
 
-def _play(plan: Plan, piece: Piece, folder: Path) -> None:
-    own = plan.of(piece)
+def _play(plan: Plan, piece: Piece, study: Path, write: Path | None) -> None:
+    folder = study / piece.name
     if (folder / "config.json").exists():
         known, place = comparison.known(folder)
+        own = plan.of(piece, known.taken)
         if known != own:
             raise Hopeless(
                 f"{piece.name} must be that of this version, got another plan in {shown(folder)}: begin anew."
             )
     else:
+        own = plan.of(piece, _taken(plan, piece, study, write))
         comparison.check(own)
         folder.mkdir(exist_ok=True)
         place = Place("compare", folder.resolve())
@@ -92,6 +95,20 @@ def _play(plan: Plan, piece: Piece, folder: Path) -> None:
     publish(report.page(results), folder)
     if piece.measures_flatness:
         _measure(own, folder, plan.workers)
+
+
+def _taken(plan: Plan, piece: Piece, study: Path, write: Path | None) -> dict[str, Taken]:
+    """The settings that a piece takes from another, of the study or of the record beside the page."""
+    if not piece.settings_of:
+        return {}
+    rows = merged([piece.settings_of], _rows(plan, study), plan.recorded(write))
+    if not rows:
+        beside = "with --write beside the page" if write is None else f"in {shown(place_of(write))}"
+        raise Hopeless(
+            f"{piece.name} takes its settings from {piece.settings_of}, which is neither in {shown(study)} nor "
+            f"{beside}: play that first, with --only {piece.settings_of}."
+        )
+    return taken_from(rows[0])
 
 
 def _command(plan: Plan, names: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from gradreg.lab import stats
 from gradreg.lab.comparison.arms import BASELINE, LONGER, arm_of
+from gradreg.lab.comparison.plan import Taken
 from gradreg.lab.comparison.result import verdict
 from gradreg.lab.config import RunConfig
 from gradreg.lab.metric import ACCURACY
@@ -51,6 +52,16 @@ def piece_row(piece: Piece, results: Mapping[str, Any], models: Sequence[Mapping
         ],
         "kept": _kept(arms),
         "flatness": flatness_rows(models, list(arms)),
+    }
+
+
+def taken_from(row: Row) -> dict[str, Taken]:
+    """What the arms of a piece came to, for one that searches for nothing."""
+    return {
+        arm["name"]: Taken(
+            {name: arm[name] for name in ("learning_rate", "weight_decay")} | arm["settings"], arm["validation"]
+        )
+        for arm in row["arms"]
     }
 
 
