@@ -155,6 +155,17 @@ def test_a_field_of_an_arm_can_be_held():
     assert Plan.from_row(json.loads(json.dumps(plan.as_row()))) == plan
 
 
+@pytest.mark.parametrize("word", ["F-GR:weight_decay=0.3", "SGD:weight_decay=0.3"])
+def test_a_weight_decay_that_is_held_is_that_of_every_run(word, recorded):
+    train = Recorder()
+    found = compare(recorded(train), ["SAM", word], **QUICK)
+    row = found.rows[2]
+    runs = of(train.runs, method=row["method"], weight_decay=0.3)
+    assert len({(r.learning_rate, r.config.ratio, r.config.epsilon) for r in runs}) == row["tried"] > 1
+    assert row["weight_decay"] == 0.3
+    assert len(of(runs, scored_on="test")) == 3
+
+
 def test_a_search_asks_for_nothing_that_a_method_does_not_bear():
     """Split displaces a share γ/ε of the batch: a third of ε lies below γ for one of its starts."""
     base = RunConfig(data="digits", weight_decay=0.001)

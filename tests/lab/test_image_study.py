@@ -19,11 +19,12 @@ from gradreg.lab.config import RunConfig
 from gradreg.lab.data import idx
 from gradreg.lab.data.parts import Part
 from gradreg.lab.page import markdown
-from gradreg.lab.records import read_record
+from gradreg.lab.records import kept_lines, read_record
 from gradreg.studies.claims.claim import FAILS, HOLDS, UNDECIDED
 from gradreg.studies.frontier.modes import ARMS, FULL, MODES, PLAIN
 from gradreg.studies.frontier.summary import goals
 from gradreg.studies.images import flatness, pieces, record, run
+from gradreg.studies.images.controls import control_rows, controls, line
 from gradreg.studies.images.page import judged, page
 from gradreg.studies.images.pieces import PIECES, Piece
 from gradreg.studies.images.summary import as_tasks, flatness_rows, piece_row, real_tasks
@@ -132,6 +133,32 @@ def test_a_run_that_diverged_is_left_out_of_a_claim():
     found = results_of(**{"SGD": [0.80, 0.70, 0.60], "F-GR": [0.82, None, 0.621]})
     (claim,) = piece_row(PIECES["resnet-14-noisy"], found, [])["claims"]
     assert (claim["seeds"], claim["verdict"]) == (2, HOLDS)
+
+
+def test_what_an_arm_gains_is_held_against_sgd_at_its_own_weight_decay():
+    found = results_of(
+        **{"SGD": [0.80, 0.70], "F-GR": [0.82, 0.72], "SAM": [0.83, 0.73], "SGD, twice as long": [0.8, 0.7]}
+    )
+    plain, _, moved, opponent = found["arms"]
+    moved["weight_decay"] = opponent["weight_decay"] = 0.3
+    opponent["is_opponent"] = True
+    base = RunConfig()
+    jobs = controls(base, found["arms"], [0, 1])
+    assert [(job.config.method, job.config.weight_decay, job.config.seed) for job in jobs] == [
+        ("SGD", 0.3, 0),
+        ("SGD", 0.3, 1),
+    ]
+    lines = [line(job, score) for job, score in zip(jobs, (0.82, 0.719))]
+    (row,) = control_rows(found["arms"], lines, [0, 1])
+    assert (row["name"], round(row["test"]["mean"], 4), round(row["difference"]["mean"], 4)) == ("SAM", 0.7695, 0.0105)
+    assert row["difference"]["low"] < 0.0105 < row["difference"]["high"]
+    assert control_rows(found["arms"], lines[:1], [0, 1]) == []  # until all seeds are there
+    del moved["scores"]
+    moved["test"] = {"mean": 0.78, "low": 0.7, "high": 0.8}
+    (row,) = control_rows(found["arms"], lines, [0, 1])
+    assert round(row["difference"]["mean"], 4) == 0.0105
+    assert math.isnan(row["difference"]["low"])
+    assert controls(base, [plain, opponent], [0]) == []
 
 
 def test_an_arrow_says_on_which_side_of_sgd_a_measure_lies():
@@ -309,6 +336,28 @@ def test_where_single_seeds_are_lost_the_page_says_so():
     assert "(not of resnet-14-noisy: there, as this page has them)" in page(kept, "a.json").blocks[-1]
 
 
+def test_the_controls_are_played_once_and_are_on_the_page(clothes, monkeypatch):
+    name, other = "resnet-14-noisy", "F-GR, weight_decay 0.5"
+    methods = ("F-GR", "F-GR:weight_decay=0.5")
+    monkeypatch.setitem(run.PIECES, name, replace(run.PIECES[name], methods=methods, measures_flatness=False))
+    words = ["images", "--quick", "--path", "clothes", "--workers", "1", "--only", name, "--write", "a.md"]
+    assert main([*words, "--out", "a"]) == 0
+    path = clothes / "a" / name / run.CONTROLS
+    lines = kept_lines(path)
+    (piece,) = read_record(clothes / "a.json")["pieces"]
+    row = next(row for row in piece["controls"] if row["name"] == other)
+    arm = next(arm for arm in piece["arms"] if arm["name"] == other)
+    there = [row["score"] for row in lines if row["weight_decay"] == 0.5]
+    assert len(there) == 2
+    difference = sum(a - b for a, b in zip(arm["scores"], there)) / 2
+    assert row["difference"]["mean"] == pytest.approx(difference)
+    text = (clothes / "a.md").read_text(encoding="utf-8")
+    assert "| F-GR, weight\\_decay 0.5 | 0.1, 0.5 |" in text
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in lines[1:]), encoding="utf-8")
+    assert main(["images", "--resume", "a", "--only", name, "--workers", "1"]) == 0
+    assert kept_lines(path) == [*lines[1:], lines[0]]
+
+
 def test_what_was_measured_is_not_measured_again(clothes, monkeypatch):
     words = ["images", "--quick", "--path", "clothes", "--workers", "1", "--only", "resnet-14-noisy", "--out", "a"]
     calls = []
@@ -448,8 +497,8 @@ def test_lines_of_before_a_measure_came_leave_it_open():
     models = [
         {"arm": arm, "seed": seed, **dict.fromkeys(flatness.MEASURES, 0.5)} for arm in ("SGD", "SAM") for seed in (0, 1)
     ]
-    for line in models:
-        del line["sure"]
+    for model in models:
+        del model["sure"]
     rows = flatness_rows(models, ["SGD", "SAM"])
     assert all(row["measures"]["sure"] == {"mean": None, "side": 0} for row in rows)
     assert all(row["measures"]["ece"]["mean"] == 0.5 for row in rows)

@@ -72,10 +72,15 @@ class Arm:
         return replace(base, **{**own, **self.fixed, **point})
 
     def search(self, base: RunConfig, center: Point, trials: int) -> Climb:
-        """Around the settings of the arm, at a center of learning rate and weight decay, where there can be a run."""
+        """Around the settings of the arm, at a center of learning rate and weight decay, where there can be a run.
+
+        A learning rate or a weight decay that is held stays what it is.
+        """
+        held = {name: self.fixed[name] for name in center if name in self.fixed}
+        center = {**center, **held}
 
         def possible(points: Sequence[Point]) -> list[Point]:
-            return [point for point in points if self._bears(base, point)]
+            return [point for point in points if point == {**point, **held} and self._bears(base, point)]
 
         def neighbors(point: Point, step: float) -> list[Point]:
             return possible(around(point, step))

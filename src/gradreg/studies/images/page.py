@@ -10,7 +10,7 @@ from gradreg.lab.comparison.run import duration
 from gradreg.lab.metric import ACCURACY
 from gradreg.lab.page import Block, Code, Figure, Heading, Items, Page, made, plain
 from gradreg.lab.tables import Table
-from gradreg.lab.words import BRACKETS, listed, number, plural, points, ranged
+from gradreg.lab.words import BRACKETS, gap, listed, number, percent, plural, points, ranged
 from gradreg.studies.claims.claim import FAILS, HOLDS, UNDECIDED
 from gradreg.studies.frontier.figure import pareto_figure
 from gradreg.studies.frontier.page import reached
@@ -77,6 +77,31 @@ def kept_table(results: Row) -> Table:
     return Table("Kept of what F-GR gains", ("piece", "arm", "cost", "share, 95 % interval"), rows)
 
 
+def controls_table(results: Row) -> Table:
+    """Plain training where other arms have come to."""
+    rows = [
+        (
+            piece["name"],
+            row["name"],
+            f"{row['learning_rate']:g}, {row['weight_decay']:g}",
+            gap(next(arm for arm in piece["arms"] if arm["name"] == row["name"])["difference"], ACCURACY),
+            percent(row["test"]),
+            _gap(row["difference"]),
+        )
+        for piece in results["pieces"]
+        for row in piece.get("controls", [])
+    ]
+    headings = ("piece", "arm", "its lr, wd", "minus SGD as tuned", "SGD there, %", "minus SGD there")
+    return Table("", headings, rows)
+
+
+def _gap(difference: Row | None) -> str:
+    """Alone where the single seeds are lost."""
+    if difference is None or difference["low"] is not None:
+        return gap(difference, ACCURACY)
+    return number(100 * difference["mean"], 1, "+")
+
+
 def flatness_table(piece: Row) -> Table:
     arrows = {-1: "↓", 0: "", 1: "↑"}
 
@@ -126,6 +151,7 @@ def page(results: Row, record: str = "") -> Page:
             Heading("The claims"),
             claims_table(results),
             Items(notes()[:1]),
+            *_controls(results),
             *_kept(results),
             Heading("What flatness buys besides accuracy"),
             *(flatness_table(piece) for piece in pieces if piece["flatness"]),
@@ -151,6 +177,13 @@ def judged(results: Row) -> str:
     ]
     said = f"Of {len(found)} readings of the claims {counted}."
     return said + (f" **Does not hold here:** {plain(listed(failed))}." if failed else "")
+
+
+def _controls(results: Row) -> list[Block]:
+    table = controls_table(results)
+    if not table.rows:
+        return []
+    return [Heading("The method, or its learning rate and weight decay?"), CONTROLS, table]
 
 
 def _kept(results: Row) -> list[Block]:
@@ -197,6 +230,11 @@ def _record(pieces: Sequence[Row], record: str) -> str:
     )
 
 
+CONTROLS = (
+    "Each arm starts its search where that of SGD ended, and may move on to a learning rate or a weight decay at which "
+    "SGD was not tried. Where one did, this is SGD there, on the same test seeds: what is left in the last column is "
+    "the method's own. A difference without an interval is one of means."
+)
 KEPT = (
     "The share of F-GR's gain that each arm keeps, over what it costs on the very network, with 95 % intervals. Plain "
     "training is at (1, 0); what lies on the line is the most that can be kept at that cost."

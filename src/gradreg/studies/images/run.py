@@ -22,11 +22,12 @@ from gradreg.lab.comparison.schedule import weights_name
 from gradreg.lab.config import RunConfig
 from gradreg.lab.folder import Hopeless, append_line, shown, write_json
 from gradreg.lab.page import publish, tell, write_page
-from gradreg.lab.player import on_processes
+from gradreg.lab.player import on_processes, run_all
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.records import kept_lines, read_results, sealed
 from gradreg.lab.study.storage import Place
 from gradreg.lab.study.workers import MODELS
+from gradreg.studies.images.controls import controls, line
 from gradreg.studies.images.flatness import Kept, measure
 from gradreg.studies.images.page import page, told
 from gradreg.studies.images.pieces import PIECES, QUICK, Piece
@@ -35,7 +36,7 @@ from gradreg.studies.images.summary import piece_row, taken_from
 
 KIND = "images"
 PAGE = "images.md"
-FLATNESS = "flatness.jsonl"
+FLATNESS, CONTROLS = "flatness.jsonl", "controls.jsonl"
 Row = dict[str, Any]
 
 
@@ -93,6 +94,7 @@ def _play(plan: Plan, piece: Piece, study: Path, write: Path | None) -> None:
         comparison.begin(own, folder, place, _command(plan, [piece.name]), plan.workers, ())
     results = comparison.carry_out(own, folder, place, plan.workers)
     publish(report.page(results), folder)
+    _control(own, folder, plan.workers)
     if piece.measures_flatness:
         _measure(own, folder, plan.workers)
 
@@ -115,6 +117,17 @@ def _command(plan: Plan, names: Sequence[str]) -> str:
     path = f" --path {json.dumps(plan.path)}" if plan.path else ""
     only = "" if tuple(names) == pieces_of(plan.is_quick) else f" --only {' '.join(names)}"
     return f"gradreg images{' --quick' * plan.is_quick}{only}{path}"
+
+
+def _control(plan: ComparisonPlan, folder: Path, workers: int) -> None:
+    """Plain training at the learning rate and weight decay of the other arms; each run a line as it is there."""
+    path, arms = folder / CONTROLS, read_results(folder / "results.json")["arms"]
+    known = [{**row, "score": None} for row in kept_lines(path)]
+    todo = [job for job in controls(plan.base, arms, plan.seeds) if line(job, None) not in known]
+    with progress_bar() as progress, closing(run_all(todo, workers)) as found:
+        for count, (k, result) in enumerate(found, 1):
+            append_line(path, sealed(line(todo[k], result.score)))
+            progress("plain training at the settings of others", count, len(todo))
 
 
 def _measure(plan: ComparisonPlan, folder: Path, workers: int) -> None:
@@ -150,7 +163,7 @@ def _rows(plan: Plan, folder: Path) -> list[Row]:
         except OSError:
             continue
         measured = kept_lines(folder / name / FLATNESS) if PIECES[name].measures_flatness else []
-        rows.append(piece_row(PIECES[name], found, measured))
+        rows.append(piece_row(PIECES[name], found, measured, kept_lines(folder / name / CONTROLS)))
     return rows
 
 

@@ -16,6 +16,7 @@ from gradreg.lab.metric import ACCURACY
 from gradreg.studies.claims.claim import FAILS, HOLDS, UNDECIDED
 from gradreg.studies.frontier.modes import ARMS, FULL, PLAIN
 from gradreg.studies.frontier.retention import retention
+from gradreg.studies.images.controls import control_rows
 from gradreg.studies.images.flatness import MEASURES
 from gradreg.studies.images.pieces import LARGE, MODES, SMALL, Piece
 
@@ -34,8 +35,13 @@ CHANCE = 10.0
 """Accuracy of guessing among ten classes, in percent."""
 
 
-def piece_row(piece: Piece, results: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> Row:
-    """Of results.json of its comparison, and a line for each of its models."""
+def piece_row(
+    piece: Piece,
+    results: Mapping[str, Any],
+    models: Sequence[Mapping[str, Any]] = (),
+    plainly: Sequence[Mapping[str, Any]] = (),
+) -> Row:
+    """Of results.json of its comparison, a line for each of its models, and one for each run of its controls."""
     arms = {row["name"]: row for row in results["arms"]}
     return {
         "name": piece.name,
@@ -51,6 +57,7 @@ def piece_row(piece: Piece, results: Mapping[str, Any], models: Sequence[Mapping
             _claim(*claim, arms) for claim in CLAIMS if piece.judges_claims and {claim[2], claim[3]} <= set(arms)
         ],
         "kept": _kept(arms),
+        "controls": control_rows(results["arms"], plainly, results["seeds"]),
         "flatness": flatness_rows(models, list(arms)),
     }
 
