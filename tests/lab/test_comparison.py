@@ -82,8 +82,9 @@ def test_the_baseline_is_tuned_first_and_all_have_as_many_candidates(recorded):
     assert [row["name"] for row in found.rows] == [BASELINE, "F-GR", "SAM", LONGER]
     first = [r.method for r in train.runs if r.scored_on == "validation"]
     assert set(first[: first.index("F-GR")]) == {"SGD"}  # no method begins before
-    assert all(row["tried"] == 6 for row in found.rows)
+    assert all(row["tried"] == 6 for row in found.rows[1:])
     plain = found.rows[0]
+    assert plain["tried"] >= 6
     for row in found.rows[1:3]:
         start = next(r for r in of(train.runs, scored_on="validation") if r.method == row["method"])
         assert (start.learning_rate, start.weight_decay) == (plain["learning_rate"], plain["weight_decay"])
@@ -117,11 +118,48 @@ def test_better_is_better_whichever_way_the_score_goes(sign, recorded):
     assert "is better than tuned plain training" in found.verdict
 
 
+def test_the_baseline_is_searched_for_as_long_as_it_finds_better(recorded):
+    """From 100 down to 0.01 are nine factors of three, more than its six candidates."""
+    train = Recorder()
+    found = compare(recorded(train), ["F-GR"], opponent=False, **QUICK, learning_rate=100.0)
+    plain = found.rows[0]
+    assert 6 < plain["tried"] <= 3 * 6
+    assert plain["learning_rate"] < 0.5
+    lost = compare(recorded(Recorder()), ["F-GR"], opponent=False, **{**QUICK, "trials": 3}, learning_rate=1000.0)
+    assert lost.rows[0]["tried"] == 3 * 3  # and no further
+
+
+@pytest.mark.parametrize("search_epochs", [0, 5])
+@pytest.mark.parametrize("favors", [True, False])
+def test_the_baseline_is_tried_where_the_others_have_gone(favors, search_epochs, recorded):
+    """Beyond a dip that its own search does not cross, plain training is best, or worst, at another weight decay."""
+
+    def train(run):
+        run_of.append(run)
+        held = run.weight_decay == 0.5
+        found = (1.0 if favors else -9.0) * held - (run.weight_decay not in (0.0, 0.5)) - run.learning_rate
+        return {"validation": found + 2 * (run.method == "F-GR"), "test": found}
+
+    run_of = []
+    words = {"trials": 3, "seeds": 2, "workers": 1, "search_epochs": search_epochs}
+    found = compare(recorded(train), ["F-GR:weight_decay=0.5"], **words)
+    plain, other, _ = found.rows
+    assert plain["weight_decay"] == (0.5 if favors else 0.0)
+    there = [r for r in run_of if r.method == "SGD" and r.weight_decay == 0.5 and r.config.epochs == 30]
+    on_validation = {r.seed for r in there if r.scored_on == "validation"}
+    assert on_validation == {r.seed for r in run_of if r.method == "F-GR" and r.scored_on == "validation"} - (
+        {r.seed for r in run_of if r.config.epochs == 5} if search_epochs else set()
+    )
+    assert {r.seed for r in there if r.scored_on == "test"} == ({0, 1} if favors else set())
+    assert (plain["learning_rate"] == other["learning_rate"]) >= favors
+    assert any("SGD was tried there too" in note for note in notes(found.results))
+
+
 def test_more_seeds_and_candidates_as_asked(recorded):
     train = Recorder()
     compare(recorded(train), ["SAM"], trials=3, seeds=4, workers=1, opponent=False, first_seed=10)
     assert {r.seed for r in of(train.runs, scored_on="test")} == {10, 11, 12, 13}
-    assert len({(r.learning_rate, r.weight_decay) for r in of(train.runs, method="SGD")}) == 3
+    assert len({(r.learning_rate, r.weight_decay, r.config.rho) for r in of(train.runs, method="SAM")}) == 3
 
 
 def test_a_decay_of_zero_has_a_small_one_beside_it():
@@ -194,7 +232,8 @@ def test_short_runs_search_and_long_ones_choose(recorded):
     trained.__class__ = type("Both", (Recorder,), {"__call__": lambda self, run: self.runs.append(run) or train(run)})
     found = compare(recorded(trained, epochs=20), ["F-GR"], search_epochs=5, **{**QUICK, "trials": 9})
     lengths = Counter((r.epochs, r.scored_on) for r in trained.runs if r.method == "SGD")
-    assert lengths == {(5, "validation"): 18, (20, "validation"): 6, (20, "test"): 3, (10, "validation"): 18} | {
+    assert lengths.pop((5, "validation")) >= 2 * 9  # its search goes on while it finds better
+    assert lengths == {(20, "validation"): 6, (20, "test"): 3, (10, "validation"): 18} | {
         (40, "validation"): 6,
         (40, "test"): 3,
     }

@@ -108,6 +108,7 @@ class Climb(Scores):
         most: points in all.
         neighbors: of a point, at a step; by default one number at a time times or divided by it (`beside`).
         steps: factors with the rounds that are made with each at most; by default 2, √2, ∜2, … down to 1.05.
+        reserve: further points, for as long as the first step still leads to better ones.
     """
 
     def __init__(
@@ -116,23 +117,25 @@ class Climb(Scores):
         most: float = math.inf,
         neighbors: Neighbors | None = None,
         steps: Iterable[tuple[float, float]] | None = None,
+        reserve: int = 0,
     ) -> None:
         super().__init__()
         self._start = list(start)
-        self._left = most
+        self._left, self._reserve = most, reserve
         self._neighbors = neighbors or beside
         self._steps = iter(shrinking() if steps is None else steps)
         self._step, self._rounds = next(self._steps, (1.0, 0))
 
     def ask(self) -> list[Point]:
         found, self._start = self._start, []
-        while not found and self._left > 0 and self._rounds > 0:
+        while not found and self._left + self._reserve > 0 and self._rounds > 0:
             found = [point for point in self._neighbors(self.best, self._step) if point not in self]
             self._rounds -= 1
             if not found or self._rounds <= 0:
                 self._step, self._rounds = next(self._steps, (1.0, 0))
+                self._reserve = 0
         unique = list({_key(point): point for point in found}.values())
-        found = unique[: int(min(self._left, len(unique)))]
+        found = unique[: int(min(max(self._left + self._reserve, 0), len(unique)))]
         self._left -= len(found)
         return found
 

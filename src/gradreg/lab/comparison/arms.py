@@ -71,7 +71,7 @@ class Arm:
         own = {"method": self.method, "epochs": base.epochs * self.epochs, "seed": seed}
         return replace(base, **{**own, **self.fixed, **point})
 
-    def search(self, base: RunConfig, center: Point, trials: int) -> Climb:
+    def search(self, base: RunConfig, center: Point, trials: int, reserve: int = 0) -> Climb:
         """Around the settings of the arm, at a center of learning rate and weight decay, where there can be a run.
 
         A learning rate or a weight decay that is held stays what it is.
@@ -88,7 +88,7 @@ class Arm:
         start: Sequence[Point] = [{**center, **settings} for settings in self.settings]
         if self.settings == ({},):
             start = [center, *around(center, STEP)]
-        return Climb(possible(start), trials, neighbors, shrinking(STEP))
+        return Climb(possible(start), trials, neighbors, shrinking(STEP), reserve)
 
     def _bears(self, base: RunConfig, point: Point) -> bool:
         try:

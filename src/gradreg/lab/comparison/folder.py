@@ -135,9 +135,8 @@ def _step_costs(schedule: ComparisonSchedule, choices: Mapping[str, Point | None
 def _rough_costs(schedule: ComparisonSchedule, board: Board) -> dict[str, Row]:
     progress, results = schedule.progress(board), board.results
     seconds = {}
-    for a, arm in enumerate(schedule.arms):
-        points = [point for point, _ in progress[arm.name].tried]
-        name = f"{a}-{points.index(progress[arm.name].choice)}"  # type: ignore[arg-type]
+    for arm in schedule.arms:
+        name = progress[arm.name].name
         seconds[arm.name] = [results[key_of(name, seed, TEST)].seconds for seed in schedule.plan.seeds]
     plain = seconds[BASELINE]
     return {

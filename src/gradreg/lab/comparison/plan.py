@@ -1,8 +1,10 @@
 """A comparison: what is compared, how long each is searched for, and with how many seeds it is judged.
 
-The baseline is tuned first, around the task's own numbers. Every other arm starts from its learning rate and weight
-decay and has as many candidates. All of that sees validation rows only, on seeds that the test never uses; the choice
-of each arm is then trained once more for each test seed, and read on test rows.
+The baseline is tuned first, around the task's own numbers, for as long as a factor of three leads to better ones,
+within three times the candidates of another arm. Every other arm starts from its learning rate and weight decay; where
+one goes on to others, the baseline is tried there too, so that no method gains by what plain training could have had.
+All of that sees validation rows only, on seeds that the test never uses; the choice of each arm is then trained once
+more for each test seed, and read on test rows.
 """
 
 from __future__ import annotations
@@ -93,6 +95,8 @@ class Plan:
     """Whether the weights at the end of each test run are kept in the folder."""
     num_records: int = RECORDS
     """How often a test run records its training loss, which reads all training rows; 0 for its end only."""
+    is_thorough: bool = True
+    """Whether the baseline's search goes on for as long as it finds better, and comes back to where the others went."""
     taken: Mapping[str, Taken] = field(default_factory=dict)
     """Of every arm by its name, or of none: the choice of a comparison on a cheaper task, in the place of a search."""
 
@@ -129,9 +133,16 @@ class Plan:
             "digest": self.digest,
             "keeps_models": self.keeps_models,
             "num_records": self.num_records,
+            "is_thorough": self.is_thorough,
             "taken": {name: asdict(taken) for name, taken in self.taken.items()},
         }
-        later = {"search_epochs": 0, "keeps_models": False, "num_records": RECORDS, "taken": {}}
+        later = {
+            "search_epochs": 0,
+            "keeps_models": False,
+            "num_records": RECORDS,
+            "is_thorough": False,
+            "taken": {},
+        }
         return {name: value for name, value in row.items() if name not in later or value != later[name]}
 
     @classmethod
@@ -145,6 +156,7 @@ class Plan:
             rest = {name: row[name] for name in ("first_seed", "by", "has_opponent", "digest")}
             rest["keeps_models"] = row.get("keeps_models", False)
             rest["num_records"] = int(row.get("num_records", RECORDS))
+            rest["is_thorough"] = row.get("is_thorough", False)
             rest["taken"] = {name: Taken(**taken) for name, taken in row.get("taken", {}).items()}
             return cls(from_mapping(row["base"], "base"), tuple(row["methods"]), effort, **rest)
         except (KeyError, TypeError, ValueError) as error:

@@ -34,8 +34,7 @@ def arm_rows(schedule: ComparisonSchedule, board: Board, costs: Mapping[str, Row
     for a, arm in enumerate(schedule.arms):
         found = progress[arm.name]
         assert found.choice is not None
-        k = [point for point, _ in found.tried].index(found.choice)
-        name = f"{a}-{k}"
+        name = found.name
         test = [results[key_of(name, seed, TEST)] for seed in plan.seeds]
         seeds = plan.final_seeds if plan.effort.search_epochs else (*plan.search_seeds, *plan.final_seeds)
         chosen = [r for seed in seeds if (r := results.get(key_of(name, seed, VALIDATION))) is not None]
@@ -184,13 +183,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     said = [
         f"Score: {metric.name} on test rows, in {unit}; {way} is better. Mean and 95 % interval (Student's t) over "
         f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}; differences and verdicts are paired by seed.",
-        (
-            "Nothing was searched for: each arm has the settings that it came to in another comparison, of which its "
-            "validation score is. The test rows were read once."
-            if plan.get("taken")
-            else f"Each arm was tuned alike, by validation rows: at most {tried}; SGD's learning rate and weight decay "
-            "first, from which the others start. The test rows were read once, by the choice of each arm."
-        ),
+        f"{_tuned(plan, tried)} The test rows were read once, by the choice of each arm.",
         "SGD is plain training, with the task's own optimizer.",
         *([results["how_cost"]] if results.get("how_cost") else []),
         *results.get("not_afforded", []),
@@ -208,3 +201,19 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         count = f"{len(errors)} run{plural(len(errors))}"
         said.append(f"{name}: {count} failed, the last with {errors[-1]}; tracebacks are in failed/.")
     return said
+
+
+def _tuned(plan: Mapping[str, Any], tried: str) -> str:
+    """How the settings were found."""
+    if plan.get("taken"):
+        return (
+            "Nothing was searched for: each arm has the settings that it came to in another comparison, and its "
+            "validation score is of there."
+        )
+    alike = f"Each arm was tuned alike, by validation rows: at most {tried}; SGD's learning rate and weight decay first"
+    if not plan.get("is_thorough"):
+        return f"{alike}, from which the others start."
+    return (
+        f"{alike}, with more candidates for as long as a factor of three led to better ones. From there the others "
+        "start; where one went on to another learning rate or weight decay, SGD was tried there too."
+    )

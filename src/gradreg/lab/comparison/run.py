@@ -66,8 +66,10 @@ def afforded(plan: Plan, seconds: float, workers: int) -> Afforded:
     passes = sum(PASSES.get(arm.name, PASSES.get(arm.method, 2.0)) * arm.epochs for arm in plan.arms)
 
     def needed(effort: Effort) -> float:
+        # The baseline's search goes on while it finds better, and comes back to where the others went.
+        more = effort.trials * effort.search_seeds + len(plan.arms) * (effort.search_seeds + effort.final_seeds)
         # The last runs leave workers idle, and test runs record their curves; workers take a while to start.
-        return effort.runs * passes * of_a_run / workers * 1.3 + 8
+        return (effort.runs * passes + more) * of_a_run / workers * 1.3 + 8
 
     fitting = [effort for effort in LADDER if needed(effort) <= seconds]
     if not fitting:

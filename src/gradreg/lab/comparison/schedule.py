@@ -40,6 +40,8 @@ class Progress:
     """What it has come to."""
     tried: Sequence[tuple[Point, Sequence[Result] | None]]
     """Candidates, with their runs on the search seeds once all are in."""
+    name: str = ""
+    """Of the choice, in the study."""
 
 
 class ComparisonSchedule(Schedule):
@@ -70,22 +72,54 @@ class ComparisonSchedule(Schedule):
     def progress(self, board: Board) -> dict[str, Progress]:
         """Of each arm that may begin."""
         results = board.results
-        found = {self.arms[0].name: self._progress(0, center_of(self.base), board, results)}
-        plain = found[self.arms[0].name].choice
-        if plain is not None:
+        first = self._progress(0, center_of(self.base), board, results)
+        found = {self.arms[0].name: first}
+        if first.choice is not None:
             for a, arm in enumerate(self.arms[1:], 1):
-                found[arm.name] = self._progress(a, plain, board, results)
+                found[arm.name] = self._progress(a, first.choice, board, results)
+            others = [found[arm.name].choice for arm in self.arms[1:]]
+            if self.plan.is_thorough and not self.plan.taken and None not in others:
+                found[self.arms[0].name] = self._again(first, [point for point in others if point], results)
         return found
+
+    def _again(self, first: Progress, others: Sequence[Point], results: Mapping[str, Result]) -> Progress:
+        """The baseline where the others have come to, beside its own choice, on the seeds that this was chosen on."""
+        plan = self.plan
+        tried = [point for point, _ in first.tried]
+        points: list[Point] = []
+        for other in others:
+            point = {name: other[name] for name in center_of(self.base)}
+            if point not in tried and point not in points:
+                points.append(point)
+        finals = plan.final_seeds if plan.effort.finalists else ()
+        seeds = finals if plan.effort.search_epochs else (*plan.search_seeds, *finals)
+        names = [f"0-again-{k}" for k in range(len(points))]
+        entries = [
+            *first.entries,
+            *(entry_of(n, point, seed, VALIDATION, arm=0) for n, point in zip(names, points) for seed in seeds),
+        ]
+        runs = [self._runs(name, seeds, results) for name in names]
+        tried_all = [*first.tried, *zip(points, runs)]
+        candidates = {first.name: first.choice, **dict(zip(names, points))}
+        means = {}
+        for name in candidates:
+            found = self._runs(name, seeds, results)
+            if found is None:
+                return Progress(entries, None, tried_all)
+            means[name] = self._mean(found)
+        best = max(candidates, key=lambda name: means[name])  # its own choice among equals
+        return Progress(entries, candidates[best], tried_all, best)
 
     def _progress(self, a: int, center: Point, board: Board, results: Mapping[str, Result]) -> Progress:
         plan = self.plan
         if plan.taken:
             choice = dict(plan.taken[self.arms[a].name].point)
-            return Progress([], choice, [(choice, None)])
+            return Progress([], choice, [(choice, None)], f"{a}-0")
         points = self._entered(a, board)
         runs = [self._runs(f"{a}-{k}", plan.search_seeds, results) for k in range(len(points))]
         tried = list(zip(points, runs))
-        search = self.arms[a].search(plan.base, center, plan.effort.trials)
+        reserve = 2 * plan.effort.trials if a == 0 and plan.is_thorough else 0
+        search = self.arms[a].search(plan.base, center, plan.effort.trials, reserve)
         asked = replayed(search, [(p, None if r is None else self._worths(r)) for p, r in tried])
         everything = [*points, *asked]
         entries = [
@@ -113,7 +147,10 @@ class ComparisonSchedule(Schedule):
             is_over = is_over and runs is not None
             if runs is not None:
                 scores.tell(point, self._worths(runs))
-        return Progress(entries, scores.choice() if is_over else None, found.tried)
+        if not is_over:
+            return Progress(entries, None, found.tried)
+        choice = scores.choice()
+        return Progress(entries, choice, found.tried, f"{a}-{points.index(choice)}")
 
     def _entered(self, a: int, board: Board) -> list[Point]:
         """The points of an arm that are in the study, in order."""
@@ -131,17 +168,11 @@ class ComparisonSchedule(Schedule):
         return [self.metric.worth(run.score) for run in runs]
 
     def _tests(self, progress: Mapping[str, Progress]) -> list[Entry]:
-        chosen = [(a, self._name(a, progress)) for a in range(len(self.arms))]
         return [
-            entry_of(name, progress[self.arms[a].name].choice or {}, seed, TEST, arm=a)
+            entry_of(progress[arm.name].name, progress[arm.name].choice or {}, seed, TEST, arm=a)
             for seed in self.plan.seeds
-            for a, name in chosen
+            for a, arm in enumerate(self.arms)
         ]
-
-    def _name(self, a: int, progress: Mapping[str, Progress]) -> str:
-        found = progress[self.arms[a].name]
-        assert found.choice is not None
-        return f"{a}-{[point for point, _ in found.tried].index(found.choice)}"
 
     def job(self, what: Mapping[str, Any]) -> Job:
         """Curves are recorded in the test runs alone."""
