@@ -308,6 +308,29 @@ def test_what_another_plan_gave_does_not_stay_on_the_page(clothes, monkeypatch):
     assert read_record(clothes / "images.json")["missing"] == ["resnet-14-noisy"]
 
 
+def test_what_was_searched_for_otherwise_stays_apart(clothes, monkeypatch):
+    words = ["images", "--quick", "--path", "clothes", "--workers", "1", "--write", "images.md", "--only"]
+    assert main([*words, "resnet-14-noisy", "--out", "a"]) == 0
+    quick = Piece.quick_plan
+
+    def longer(piece, *args):
+        plan = quick(piece, *args)
+        return replace(plan, effort=replace(plan.effort, trials=2))
+
+    monkeypatch.setattr(Piece, "quick_plan", longer)
+    assert main([*words, "resnet-14-clean", "--out", "b"]) == 0
+    held = read_record(clothes / "images.json")
+    assert [piece["is_earlier"] for piece in held["pieces"]] == [True, False]
+    assert held["missing"] == ["resnet-14-noisy"]
+    text = (clothes / "images.md").read_text(encoding="utf-8")
+    assert "1 of 2 pieces are here by the plan of this version; not yet played: resnet-14-noisy" in text
+    assert "**Read this first.** resnet-14-noisy † were played by an earlier plan" in text
+    assert "Of 1 readings of the claims" in text
+    assert "### resnet-14-noisy †" in text
+    assert main([*words, "resnet-14-noisy", "--out", "c"]) == 0
+    assert "†" not in (clothes / "images.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("held", "message"),
     [

@@ -83,7 +83,8 @@ def sentences(results: Row) -> list[str]:
         word = "beyond noise" if is_judged else "**not beyond noise**: it shows nothing to retain, and is not judged"
         gain = plus_minus(task["gain"], 1, "+")
         name = f"{task['name']} ({task['about']})" if "about" in task else f"**{task['name']}**"
-        lines.append(f"{name}: full − plain {gain} points, {word}.")
+        earlier = " " + EARLIER if task.get("is_earlier") else ""
+        lines.append(f"{name}: full − plain {gain} points, {word}.{earlier}")
     return [*_failing(results["real"]), *lines, *_best(judging(everything(results))), *reached(results["goals"])]
 
 
@@ -205,6 +206,7 @@ INTRODUCTION = (
     "what the command wrote. Which modes reach what a mode should reach on every task, and which keep most on their "
     "worst:"
 )
+EARLIER = "Played by an earlier plan, whose plain training was [tuned too little](images.md): not to be built on."
 SMALL = "**These tasks are small, and the order does not travel**: [real images and networks](images.md) have another."
 REAL = (
     "In bold: real images and networks, [measured by `gradreg images`](images.md) with its own tuning, 5 paired seeds "

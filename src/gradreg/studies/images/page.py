@@ -38,24 +38,37 @@ def told(results: Row) -> list[Block]:
 
 def completeness(results: Row) -> str:
     """What is there, and what is missing."""
-    names, missing = [piece["name"] for piece in results["pieces"]], results["missing"]
+    here, missing = [piece["name"] for piece in results["pieces"] if not _is_earlier(piece)], results["missing"]
     quick = "A quick look at tiny sizes, which says nothing about the methods. " * results["is_quick"]
     if not missing:
-        return f"{quick}All {len(names)} pieces are here."
+        return f"{quick}All {len(here)} pieces are here."
+    by_plan = " by the plan of this version" * any(map(_is_earlier, results["pieces"]))
     return (
-        f"{quick}{len(names)} of {len(names) + len(missing)} pieces are here; not yet played: {listed(missing)} "
+        f"{quick}{len(here)} of {len(here) + len(missing)} pieces are here{by_plan}; not yet played: {listed(missing)} "
         "(`gradreg images --resume FOLDER` goes on)."
     )
 
 
+def _is_earlier(piece: Row) -> bool:
+    return piece.get("is_earlier", False)
+
+
+def _name(piece: Row) -> str:
+    return piece["name"] + DAGGER * _is_earlier(piece)
+
+
+def _about(piece: Row) -> str:
+    return piece["about"] + DAGGER * _is_earlier(piece)
+
+
 def _as_comparison(piece: Row) -> Row:
-    return {"metric": ACCURACY.as_row(), "task": piece["about"], "arms": piece["arms"]}
+    return {"metric": ACCURACY.as_row(), "task": _about(piece), "arms": piece["arms"]}
 
 
 def claims_table(results: Row) -> Table:
     rows = [
         (
-            piece["name"],
+            _name(piece),
             claim["key"],
             f"{claim['first']} − {claim['second']}",
             points(claim["difference"]),
@@ -70,7 +83,7 @@ def claims_table(results: Row) -> Table:
 def kept_table(results: Row) -> Table:
     """Retention over measured time, where there is something to retain."""
     rows = [
-        (piece["name"], row["name"], ranged(row["cost"], 2), ranged(row["retention"], 2, "", BRACKETS))
+        (_name(piece), row["name"], ranged(row["cost"], 2), ranged(row["retention"], 2, "", BRACKETS))
         for piece in results["pieces"]
         for row in piece["kept"]
     ]
@@ -81,7 +94,7 @@ def controls_table(results: Row) -> Table:
     """Plain training where other arms have come to."""
     rows = [
         (
-            piece["name"],
+            _name(piece),
             row["name"],
             f"{row['learning_rate']:g}, {row['weight_decay']:g}",
             gap(next(arm for arm in piece["arms"] if arm["name"] == row["name"])["difference"], ACCURACY),
@@ -114,7 +127,7 @@ def flatness_table(piece: Row) -> Table:
 
     rows = [(row["name"], *(cell(name, row["measures"][name]) for name in MEASURES)) for row in piece["flatness"]]
     counts = listed([str(count) for count in sorted({row["models"] for row in piece["flatness"]})])
-    title = f"{piece['about']}; means over {counts} models"
+    title = f"{_about(piece)}; means over {counts} models"
     return Table(title, ("arm", *MEASURES.values()), rows)
 
 
@@ -138,14 +151,19 @@ def notes() -> list[str]:
 def page(results: Row, record: str = "") -> Page:
     """`record`: the file beside it that has its numbers."""
     pieces = results["pieces"]
-    drawn = [piece for piece in pieces if any(row.get("difference") for row in piece["arms"])]
+    earlier = [_name(piece) for piece in pieces if _is_earlier(piece)]
+    verdicts = [f"**{plain(p['about'])}.** {plain(p['verdict'])}" for p in pieces if not _is_earlier(p)]
+    drawn = [
+        {**piece, "about": _about(piece)} for piece in pieces if any(row.get("difference") for row in piece["arms"])
+    ]
     return Page(
         "Real images, real networks",
         [
             completeness(results),
             INTRODUCTION,
+            *([EARLIER.format(names=plain(listed(earlier)))] if earlier else []),
             judged(results),
-            Items([f"**{plain(piece['about'])}.** {plain(piece['verdict'])}" for piece in pieces]),
+            *([Items(verdicts)] if verdicts else []),
             made(results),
             *([Figure("gains", gains_figure(drawn), GAINS)] if drawn else []),
             Heading("The claims"),
@@ -167,7 +185,7 @@ def page(results: Row, record: str = "") -> Page:
 
 def judged(results: Row) -> str:
     """How many claims came out which way, and by name those that do not hold."""
-    found = [(claim, piece) for piece in results["pieces"] for claim in piece["claims"]]
+    found = [(claim, piece) for piece in results["pieces"] if not _is_earlier(piece) for claim in piece["claims"]]
     count = {v: sum(claim["verdict"] == v for claim, _ in found) for v in (HOLDS, FAILS, UNDECIDED)}
     counted = f"{count[HOLDS]} hold, {count[FAILS]} fail and {count[UNDECIDED]} are undecided"
     failed = [
@@ -192,10 +210,11 @@ def _kept(results: Row) -> list[Block]:
             Heading("What cheaper modes keep"),
             "In no piece does F-GR gain beyond noise: there is nothing to keep.",
         ]
-    tasks = as_tasks(results["pieces"])
+    tasks = as_tasks([{**piece, "about": _about(piece)} for piece in results["pieces"]])
+    judging = [task for task in tasks if not task["is_earlier"]]
     return [
         Heading("What cheaper modes keep"),
-        Items(reached(goals(tasks))),
+        *([Items(reached(goals(judging)))] if judging else []),
         *([Figure("kept", pareto_figure(panels(tasks)), KEPT)] if tasks else []),
         kept_table(results),
         Items(notes()[1:2]),
@@ -208,15 +227,19 @@ def _section(piece: Row) -> list[Block]:
     if source := PIECES[piece["name"]].settings_of:
         searched = f"the settings of `{source}`, whose validation this is"
     else:
-        candidates = f"{plan['trials']} candidates for {plan['search_epochs']} epoch{plural(plan['search_epochs'])}"
-        searched = f"{candidates} of each arm, the best {plan['finalists']} for all epochs on another seed"
+        short = plan.get("search_epochs", 0)
+        candidates = f"{plan['trials']} candidates" + f" for {short} epoch{plural(short)}" * bool(short)
+        again = "for all epochs" if short else "again"
+        searched = f"{candidates} of each arm, the best {plan['finalists']} {again} on another seed"
     return [
-        Heading(piece["about"], 3),
+        Heading(_about(piece), 3),
         table(_as_comparison(piece)),
         chosen_table(_as_comparison(piece)),
         f"`{piece['name']}`: {base['num_train']:,} training rows, batches of {base['batch_size']}, {base['epochs']} "
         f"epochs, {base['optimizer']}; {searched}; {len(seeds)} test seeds. {piece['num_runs']} runs, "
-        f"{duration(piece['seconds'])} of one core; {plain(piece['made']['date'][:10])}.",
+        f"{duration(piece['seconds'])} of one core; {plain(piece['made']['date'][:10])}."
+        + " † Of an earlier plan."
+        * _is_earlier(piece),
     ]
 
 
@@ -230,6 +253,14 @@ def _record(pieces: Sequence[Row], record: str) -> str:
     )
 
 
+DAGGER = " †"
+EARLIER = (
+    "**Read this first.** {names} were played by an earlier plan, which tuned plain training too little: nine "
+    "candidates, for a third of the epochs, and its search could end while it still found better ones. Every other arm "
+    "starts where that ended, and could go on. Gains over SGD in these pieces may be what its own weight decay would "
+    "have given, and their verdicts are not counted below; arms that share a learning rate and a weight decay can "
+    "still be told apart."
+)
 CONTROLS = (
     "Each arm starts its search where that of SGD ended, and may move on to a learning rate or a weight decay at which "
     "SGD was not tried. Where one did, this is SGD there, on the same test seeds: what is left in the last column is "
@@ -258,7 +289,7 @@ AFTERWORD: tuple[Block, ...] = (
             "in vit-28-modes), the training part is 10,000 rows of 55,000, and the schedules are short: what two cores "
             "bear. On larger networks the order may change.",
             "Nine candidates an arm are few: an arm with more settings (γ or its ratio, and ε) is searched more "
-            "coarsely than one with fewer (ρ), and short runs favor settings that learn fast.",
+            "coarsely than one with fewer (ρ).",
             "5,000 validation rows and one seed of each finalist decide between close candidates, with their noise.",
             "At 28×28 pixels the ResNet has the settings that its arms came to at 14×14: all of them alike, but what "
             "is best at full resolution may lie elsewhere.",

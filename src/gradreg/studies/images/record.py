@@ -25,7 +25,9 @@ def place_of(page: Path) -> Path:
 
 
 def recorded(page: Path, is_quick: bool, plan_of: Callable[[Piece], Plan]) -> list[Row]:
-    """The rows of the pieces that lie beside a page and have the plan of this version; none where there is no record.
+    """The rows of the pieces that lie beside a page; none where there is no record.
+
+    A piece of another task than this version's is left out. One that was searched for by another plan is `is_earlier`.
 
     Raises:
         BadInput: another file, or the record of a full study, which a quick one would replace, or the other way round.
@@ -43,18 +45,19 @@ def recorded(page: Path, is_quick: bool, plan_of: Callable[[Piece], Plan]) -> li
     if record["is_quick"] != is_quick:
         held = "quick" if record["is_quick"] else "full"
         raise BadInput(f"--write must be another page: {shown(path)} beside it is the record of a {held} study.")
-    return [row for row in record["pieces"] if row["name"] in PIECES and _is_of(row, plan_of(PIECES[row["name"]]))]
+    found = []
+    for row in record["pieces"]:
+        if row["name"] in PIECES:
+            own, plan = Plan.from_row(row["plan"]), plan_of(PIECES[row["name"]])
+            own = replace(own, base=replace(own.base, path=plan.base.path), taken=plan.taken)
+            if (own.base, own.first_seed) == (plan.base, plan.first_seed):
+                found.append({**row, "is_earlier": own != plan})
+    return found
 
 
 def write_record(page: Path, results: Mapping[str, Any]) -> None:
     """Every piece of a page."""
     write_json(place_of(page), sealed(results))
-
-
-def _is_of(row: Row, plan: Plan) -> bool:
-    """Whether it was played by this plan, wherever the data lay and whatever settings it took."""
-    own = Plan.from_row(row["plan"])
-    return replace(own, base=replace(own.base, path=plan.base.path), taken=plan.taken) == plan
 
 
 def merged(planned: Sequence[str], *sources: Sequence[Row]) -> list[Row]:

@@ -50,6 +50,7 @@ def piece_row(
         "seconds": results["training_seconds"],
         "num_runs": results["num_runs"],
         "plan": results["plan"],
+        "is_earlier": False,
         "made": {name: results[name] for name in ("date", "machine", "versions")},
         "verdict": verdict({**results, "task": piece.about}),
         "arms": list(arms.values()),
@@ -106,9 +107,10 @@ def as_tasks(pieces: Sequence[Row]) -> list[Row]:
         if not (kept := [row for row in piece["kept"] if row["cost"]]):
             continue
         base = {**asdict(RunConfig()), **piece["plan"]["base"]}  # that of an earlier version lacks what came later
-        task = next((task for task in found if task["base"] == base), None)
+        is_earlier = piece.get("is_earlier", False)
+        task = next((t for t in found if (t["base"], t["is_earlier"]) == (base, is_earlier)), None)
         if task is None:
-            found.append(task := {**_as_task(piece), "base": base})
+            found.append(task := {**_as_task(piece), "base": base, "is_earlier": is_earlier})
         task["methods"].update(piece["plan"]["methods"])
         known = {row["name"] for row in task["modes"]}
         task["modes"] += [
@@ -142,6 +144,7 @@ def real_tasks(results: Row) -> list[Row]:
             "name": task["name"],
             "verdict": task["verdict"],
             "gain": task["gain"],
+            "is_earlier": task["is_earlier"],
             "modes": [
                 {**row, "name": ARMS.get(row["name"], row["name"])}
                 for row in task["modes"]
