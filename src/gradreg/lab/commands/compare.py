@@ -92,9 +92,9 @@ def compare(
 ) -> None:
     """Compare methods on a task of your own, or a built-in one: a verdict, a table with intervals, a page.
 
-    SGD's learning rate and weight decay are tuned first; then each method with as many candidates, on validation rows;
-    the best of each is trained with several seeds and read on test rows, once. May be killed at any time; --resume goes
-    on, and, given in other terminals or on other machines, shares the work.
+    SGD's learning rate and weight decay are tuned first, and longest; then each method, by validation rows; the best of
+    each is trained with several seeds and read on test rows, once. May be killed at any time; --resume goes on, and,
+    given in other terminals or on other machines, shares the work.
     """
     sent_to = trackers(log or ())
     check(sent_to)

@@ -1,1 +1,1 @@
-"""Does a method help on a task? A baseline that is tuned first, equal budgets, one reading of the test rows."""
+"""Does a method help? A baseline that is tuned first and last, equal budgets beside it, one look at the test rows."""

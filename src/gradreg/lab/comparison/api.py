@@ -45,13 +45,14 @@ def compare(
 ) -> Comparison:
     """Compare methods with plain training on a task.
 
-    The baseline's learning rate and weight decay are tuned first; then each method has as many candidates, by
-    validation rows; the choice of each is trained with `seeds` seeds and read on test rows, once.
+    The baseline's learning rate and weight decay are tuned first, and tried again where the methods come to others;
+    each method has `trials` candidates, by validation rows; the choice of each is trained with `seeds` seeds and read
+    on test rows, once.
 
     Args:
         task: a `Task`, a function of a `Run` or a `Loop`, the name of a built-in task, or a file, `mine.py:task`.
         methods: names of the laboratory's methods, of the task's own, or `cheap`; `F-GR:epsilon=0.01` holds a field.
-        trials: candidates of each arm.
+        trials: candidates of each method; of the baseline up to three times as many, for as long as it finds better.
         seeds: of the test, paired.
         workers: processes of one thread; by default two. With 1 all is done here.
         by: what is searched for in the place of γ: `ratio`, that γ shall keep, or `gamma`.
