@@ -119,12 +119,12 @@ def test_better_is_better_whichever_way_the_score_goes(sign, recorded):
 
 
 def test_the_baseline_is_searched_for_as_long_as_it_finds_better(recorded):
-    """From 100 down to 0.01 are nine factors of three, more than its six candidates."""
+    """From 10 down to 0.01 are six factors of three: the grid has one, the climb goes on."""
     train = Recorder()
-    found = compare(recorded(train), ["F-GR"], opponent=False, **QUICK, learning_rate=100.0)
+    found = compare(recorded(train), ["F-GR"], opponent=False, **{**QUICK, "trials": 12}, learning_rate=10.0)
     plain = found.rows[0]
-    assert 6 < plain["tried"] <= 3 * 6
-    assert plain["learning_rate"] < 0.5
+    assert 12 < plain["tried"] <= 3 * 12
+    assert plain["learning_rate"] < 0.05
     lost = compare(recorded(Recorder()), ["F-GR"], opponent=False, **{**QUICK, "trials": 3}, learning_rate=1000.0)
     assert lost.rows[0]["tried"] == 3 * 3  # and no further
 
@@ -153,6 +153,17 @@ def test_the_baseline_is_tried_where_the_others_have_gone(favors, search_epochs,
     assert {r.seed for r in there if r.scored_on == "test"} == ({0, 1} if favors else set())
     assert (plain["learning_rate"] == other["learning_rate"]) >= favors
     assert any("SGD was tried there too" in note for note in notes(found.results))
+
+
+def test_a_dip_beside_the_start_does_not_end_the_baseline_s_search(recorded):
+    """Three times the weight decay is worse, and nine times is best: a climb alone would stay."""
+
+    def train(run):
+        found = {0.001: 0.5, 0.003: 0.4, 0.009: 0.9}.get(run.weight_decay, 0.0) - abs(math.log10(run.learning_rate) + 1)
+        return {"validation": found, "test": found}
+
+    found = compare(recorded(train), ["F-GR"], opponent=False, **QUICK, weight_decay=0.001)
+    assert found.rows[0]["weight_decay"] == 0.009
 
 
 def test_more_seeds_and_candidates_as_asked(recorded):
@@ -318,7 +329,7 @@ def test_where_everything_fails_it_is_said_at_once(recorded):
 
     with pytest.raises(BadInput, match="every run of SGD has failed, the last with ZeroDivisionError: no rows"):
         compare(recorded(broken), ["SAM"], **QUICK)
-    assert len(train.runs) <= 10
+    assert len(train.runs) <= 2 * 12  # the first round on both seeds, and no other arm
 
 
 def test_a_score_that_is_no_number_has_no_interval(recorded):

@@ -74,7 +74,7 @@ class Arm:
     def search(self, base: RunConfig, center: Point, trials: int, reserve: int = 0) -> Climb:
         """Around the settings of the arm, at a center of learning rate and weight decay, where there can be a run.
 
-        A learning rate or a weight decay that is held stays what it is.
+        A learning rate or a weight decay that is held stays what it is. With a reserve the start is `wide`.
         """
         held = {name: self.fixed[name] for name in center if name in self.fixed}
         center = {**center, **held}
@@ -87,7 +87,7 @@ class Arm:
 
         start: Sequence[Point] = [{**center, **settings} for settings in self.settings]
         if self.settings == ({},):
-            start = [center, *around(center, STEP)]
+            start = wide(center) if reserve else [center, *around(center, STEP)]
         return Climb(possible(start), trials, neighbors, shrinking(STEP), reserve)
 
     def _bears(self, base: RunConfig, point: Point) -> bool:
@@ -102,6 +102,18 @@ def around(point: Point, step: float) -> list[Point]:
     """The neighbors of `beside`; weight decay of 0 has a small one beside it."""
     found = beside(point, step)
     return [*found, {**point, "weight_decay": DECAY}] if point.get("weight_decay") == 0 else found
+
+
+def wide(center: Point) -> list[Point]:
+    """Learning rates three times up and down, with weight decays up to 27 times as large; what is nearest comes first.
+
+    A climb from the center alone ends where one seed's noise makes a dip, and the best weight decay often lies far up.
+    """
+    rate, decay = center["learning_rate"], center["weight_decay"]
+    rates = [rate * STEP**k for k in (0, -1, 1)]
+    decays = [decay * STEP**k for k in (0, 1, -1, 2, 3)] if decay else [0.0, DECAY, 10 * DECAY, 100 * DECAY]
+    order = sorted(product(range(len(rates)), range(len(decays))), key=sum)
+    return [{**center, "learning_rate": rounded(rates[i]), "weight_decay": rounded(decays[k])} for i, k in order]
 
 
 def center_of(base: RunConfig) -> Point:

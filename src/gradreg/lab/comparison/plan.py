@@ -1,10 +1,10 @@
 """A comparison: what is compared, how long each is searched for, and with how many seeds it is judged.
 
-The baseline is tuned first, around the task's own numbers, for as long as a factor of three leads to better ones,
-within three times the candidates of another arm. Every other arm starts from its learning rate and weight decay; where
-one goes on to others, the baseline is tried there too, so that no method gains by what plain training could have had.
-All of that sees validation rows only, on seeds that the test never uses; the choice of each arm is then trained once
-more for each test seed, and read on test rows.
+The baseline is tuned first: over a wide grid around the task's own numbers, and on for as long as a factor of three
+leads to better ones, within three times the candidates of another arm. Every other arm starts from its learning rate
+and weight decay; where one goes on to others, the baseline is tried there too, so that no method gains by what plain
+training could have had. All of that sees validation rows only, on seeds that the test never uses; the choice of each
+arm is then trained once more for each test seed, and read on test rows.
 """
 
 from __future__ import annotations

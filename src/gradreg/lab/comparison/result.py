@@ -214,6 +214,7 @@ def _tuned(plan: Mapping[str, Any], tried: str) -> str:
     if not plan.get("is_thorough"):
         return f"{alike}, from which the others start."
     return (
-        f"{alike}, with more candidates for as long as a factor of three led to better ones. From there the others "
-        "start; where one went on to another learning rate or weight decay, SGD was tried there too."
+        f"{alike}, over a wide grid and on for as long as a factor of three led to better ones, up to three times as "
+        "many. From there the others start; where one went on to another learning rate or weight decay, SGD was tried "
+        "there too."
     )

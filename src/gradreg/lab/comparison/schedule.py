@@ -20,6 +20,8 @@ from gradreg.lab.study.schedule import Schedule, Status, entry_of, key_of
 from gradreg.lab.tasks import metric_of
 
 VALIDATION, TEST = "validation", "test"
+ENOUGH = 5
+"""Candidates of an arm, the first, after which there is no hope where all have failed."""
 ALL_FAILED = "every run of"
 """So begins what is said where nothing can be compared."""
 
@@ -127,8 +129,8 @@ class ComparisonSchedule(Schedule):
             for seed in plan.search_seeds
             for k, point in enumerate(everything)
         ]
-        if runs and all(r is not None and all(run.error for run in r) for r in runs):
-            last = (runs[-1] or [])[-1].error.strip().splitlines()[-1]
+        if runs and all(r is not None and all(run.error for run in r) for r in runs[:ENOUGH]):
+            last = (runs[:ENOUGH][-1] or [])[-1].error.strip().splitlines()[-1]
             raise BadInput(f"{ALL_FAILED} {self.arms[a].name} has failed, the last with {last[:200]}")
         found = Progress(entries, None, tried)
         if asked or any(r is None for r in runs) or not points:

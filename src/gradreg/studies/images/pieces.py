@@ -55,8 +55,8 @@ class Piece:
     about: str
     base: RunConfig
     methods: tuple[str, ...]
-    judges_claims: bool = True
-    """Not where another piece has the same arms."""
+    claims: tuple[str, ...] = ("gain", "equal time", "b1", "b2", "b4")
+    """Those that are judged where their arms are there: not where another piece has the same."""
     measures_flatness: bool = True
     """Minutes on two cores for each arm."""
     settings_of: str = ""
@@ -91,13 +91,21 @@ def _noisy(base: RunConfig) -> RunConfig:
 PIECES: dict[str, Piece] = {
     piece.name: piece
     for piece in (
-        Piece("resnet-14-noisy", "ResNet-10, 14×14 pixels, 25 % random labels", _noisy(_SMALLER), CLAIMED),
+        Piece("resnet-14-noisy", "ResNet-10, 14×14 pixels, 25 % random labels", _noisy(_SMALLER), METHODS),
+        Piece(
+            "resnet-14-scale",
+            "ResNet-10, 25 % random labels: small and large ε",
+            _noisy(_SMALLER),
+            ("F-GR", SMALL, LARGE),
+            claims=("b4",),
+            measures_flatness=False,
+        ),
         Piece(
             "resnet-14-modes",
             "ResNet-10, 25 % random labels: cheaper modes",
             _noisy(_SMALLER),
             MODES,
-            judges_claims=False,
+            claims=(),
             measures_flatness=False,
         ),
         Piece(

@@ -55,7 +55,7 @@ def piece_row(
         "verdict": verdict({**results, "task": piece.about}),
         "arms": list(arms.values()),
         "claims": [
-            _claim(*claim, arms) for claim in CLAIMS if piece.judges_claims and {claim[2], claim[3]} <= set(arms)
+            _claim(*claim, arms) for claim in CLAIMS if claim[0] in piece.claims and {claim[2], claim[3]} <= set(arms)
         ],
         "kept": _kept(arms),
         "controls": control_rows(results["arms"], plainly, results["seeds"]),
