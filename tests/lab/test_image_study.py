@@ -281,9 +281,10 @@ def test_a_piece_takes_the_settings_of_another(clothes, monkeypatch, capsys):
     words = ["images", "--quick", "--path", "clothes", "--workers", "1", "--write", "images.md", "--only"]
     assert main([*words, larger.name, "--out", "a"]) == 2
     error = capsys.readouterr().err
-    assert "resnet-28-noisy takes its settings from resnet-14-noisy, which is neither in 'a' nor in" in error
+    assert "resnet-28-noisy takes its settings from resnet-14-noisy, which is neither of this study nor in" in error
     assert "play that first, with --only resnet-14-noisy" in error
-    assert not (clothes / "a" / larger.name).exists()
+    assert not (clothes / "a").exists()
+    assert main([*words, "resnet-14-noisy", larger.name, "--out", "a"]) == 0
     assert main(["images", "--resume", "a", "--workers", "1", "--write", "images.md"]) == 0
     first, second = read_record(clothes / "images.json")["pieces"]
     assert (second["name"], second["num_runs"]) == (larger.name, 4)  # two arms, two test seeds

@@ -113,7 +113,7 @@ def _results(option: str, kind: str, folder: Path) -> dict[str, Any]:
         if not str(results.get("command")).startswith(f"gradreg {kind}"):
             raise ValueError("is of something else")
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or f"results.json {error}"
+        why = getattr(error, "strerror", None) or f"{'it' if folder.is_file() else 'results.json'} {error}"
         where = f"a folder of gradreg {kind} with its results{', or its record' * (kind == 'images')}"
         raise BadInput(f"{option} must be {where}, got {shown(folder)}: {why}.") from None
     return results

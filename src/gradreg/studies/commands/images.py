@@ -36,7 +36,7 @@ def images(
     """
     from gradreg.lab.player import default_workers
     from gradreg.lab.records import resumed
-    from gradreg.studies.images.run import KIND, Plan, begin, pieces_of, run_images
+    from gradreg.studies.images.run import KIND, Plan, begin, check, pieces_of, run_images
 
     if resume is not None:
         for name, given in (("--out", out is not None), ("--quick", quick), ("--path", path is not None)):
@@ -49,7 +49,7 @@ def images(
 
         check_page(write, "gradreg images")
     plan = Plan(_names(only, pieces_of(quick)), quick, path, workers or default_workers())
-    plan.recorded(write)
+    check(plan, resume, write)
     if resume is None:
         _check_data(path)
     folder = resume or new_folder(out, "images")

@@ -99,16 +99,30 @@ def _play(plan: Plan, piece: Piece, study: Path, write: Path | None) -> None:
         _measure(own, folder, plan.workers)
 
 
-def _taken(plan: Plan, piece: Piece, study: Path, write: Path | None) -> dict[str, Taken]:
+def check(plan: Plan, study: Path | None, write: Path | None) -> None:
+    """Before anything is made, of a study that is begun or gone on with.
+
+    Raises:
+        BadInput: a record beside the page that is none; settings that a piece takes from another are nowhere.
+    """
+    plan.recorded(write)
+    for name in plan.names:
+        piece = PIECES[name]
+        if piece.settings_of not in ("", *plan.names) and not (study and (study / name / "config.json").exists()):
+            _taken(plan, piece, study, write)
+
+
+def _taken(plan: Plan, piece: Piece, study: Path | None, write: Path | None) -> dict[str, Taken]:
     """The settings that a piece takes from another, of the study or of the record beside the page."""
     if not piece.settings_of:
         return {}
-    rows = merged([piece.settings_of], _rows(plan, study), plan.recorded(write))
+    rows = merged([piece.settings_of], _rows(plan, study) if study else [], plan.recorded(write))
     if not rows:
-        beside = "with --write beside the page" if write is None else f"in {shown(place_of(write))}"
+        inside = f"in {shown(study)}" if study else "of this study"
+        beside = "beside a page of --write" if write is None else f"in {shown(place_of(write))}"
         raise Hopeless(
-            f"{piece.name} takes its settings from {piece.settings_of}, which is neither in {shown(study)} nor "
-            f"{beside}: play that first, with --only {piece.settings_of}."
+            f"{piece.name} takes its settings from {piece.settings_of}, which is neither {inside} nor {beside}: "
+            f"play that first, with --only {piece.settings_of}."
         )
     return taken_from(rows[0])
 
