@@ -166,6 +166,20 @@ def test_a_dip_beside_the_start_does_not_end_the_baseline_s_search(recorded):
     assert found.rows[0]["weight_decay"] == 0.009
 
 
+def test_the_baseline_is_tried_to_the_end_where_its_short_runs_left(recorded):
+    """Short runs do not see what a larger weight decay is good for; another arm comes to it."""
+
+    def train(run):
+        decays = {0.0: 0.0, 0.01: 1.0 if run.config.epochs >= 30 else -1.0}
+        found = decays.get(run.weight_decay, -2.0) - abs(math.log10(run.learning_rate) + 1)
+        return {"validation": found + (run.method == "F-GR"), "test": found}
+
+    words = {"trials": 6, "seeds": 2, "workers": 1, "search_epochs": 5, "opponent": False}
+    found = compare(recorded(train), ["F-GR:weight_decay=0.01"], **words)
+    assert [row["weight_decay"] for row in found.rows] == [0.01, 0.01]
+    assert found.rows[0]["scores"] == found.rows[1]["scores"]
+
+
 def test_more_seeds_and_candidates_as_asked(recorded):
     train = Recorder()
     compare(recorded(train), ["SAM"], trials=3, seeds=4, workers=1, opponent=False, first_seed=10)

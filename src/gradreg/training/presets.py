@@ -110,10 +110,9 @@ def cheap(
     labels, 16 paired seeds): where it keeps least, more than any other mode below 1.5 times (docs/frontier.md). On real
     images nothing is shown yet: with a ResNet and noisy labels F-GR gains nothing over plain training whose weight
     decay is tuned well, and this loses 0.2 points; what was measured before that (docs/images.md) is not to be built
-    on. It costs 1.09 to 1.22 times plain training on vision
-    transformers in batches of 64 and 128, 1.26 times on that ResNet of 8 channels, and about 1.5 times on both in
-    batches of 50 (two CPU cores). ρ was tuned each time, between 0.2 and 6, and does not travel; the default is
-    cautious (docs/choosing.md).
+    on. It costs 1.09 to 1.22 times plain training on vision transformers in batches of 64 and 128, 1.26 to 1.32 times
+    on that ResNet of 8 channels, and 1.37 to 1.47 times in batches of 50 (two CPU cores). ρ was tuned each time,
+    between 0.2 and 6, and does not travel; the default is cautious (docs/choosing.md).
 
     Call `backward(loss_fn, batches=[batch])`, with `loss_fn(batch)` a mean over rows, which are in random order.
 

@@ -117,7 +117,7 @@ def configuration(results: Row, row: Row) -> Any:
     return from_mapping({key: value for key, value in {**base, **rate, **own}.items() if value is not None})
 
 
-SEARCHED = "On validation rows, with as many candidates for each."
+SEARCHED = "On validation rows; plain training has the most candidates, all others as many as each other."
 SCORES = (
     "Test {metric} of each arm, mean and 95% interval over seeds; the dashed line is tuned plain training. A hollow "
     "marker says that the paired difference to SGD may be zero."

@@ -85,32 +85,31 @@ class ComparisonSchedule(Schedule):
         return found
 
     def _again(self, first: Progress, others: Sequence[Point], results: Mapping[str, Result]) -> Progress:
-        """The baseline where the others have come to, beside its own choice, on the seeds that this was chosen on."""
+        """The baseline where the others have come to, beside its own choice, on the seeds that this was chosen on.
+
+        Also where its search has been and was not a finalist: it may have left too early.
+        """
         plan = self.plan
-        tried = [point for point, _ in first.tried]
-        points: list[Point] = []
-        for other in others:
-            point = {name: other[name] for name in center_of(self.base)}
-            if point not in tried and point not in points:
-                points.append(point)
         finals = plan.final_seeds if plan.effort.finalists else ()
         seeds = finals if plan.effort.search_epochs else (*plan.search_seeds, *finals)
-        names = [f"0-again-{k}" for k in range(len(points))]
-        entries = [
-            *first.entries,
-            *(entry_of(n, point, seed, VALIDATION, arm=0) for n, point in zip(names, points) for seed in seeds),
-        ]
-        runs = [self._runs(name, seeds, results) for name in names]
-        tried_all = [*first.tried, *zip(points, runs)]
-        candidates = {first.name: first.choice, **dict(zip(names, points))}
-        means = {}
-        for name in candidates:
-            found = self._runs(name, seeds, results)
-            if found is None:
-                return Progress(entries, None, tried_all)
-            means[name] = self._mean(found)
-        best = max(candidates, key=lambda name: means[name])  # its own choice among equals
-        return Progress(entries, candidates[best], tried_all, best)
+        tried = [point for point, _ in first.tried]
+        candidates = {first.name: first.choice or {}}
+        for other in others:
+            point = {name: other[name] for name in center_of(self.base)}
+            if point in tried:
+                candidates[f"0-{tried.index(point)}"] = point
+            elif point not in candidates.values():
+                candidates[f"0-again-{len(candidates)}"] = point
+        known = {entry.key for entry in first.entries}
+        asked = [entry_of(n, point, seed, VALIDATION, arm=0) for n, point in candidates.items() for seed in seeds]
+        entries = [*first.entries, *(entry for entry in asked if entry.key not in known)]
+        runs = {name: self._runs(name, seeds, results) for name in candidates}
+        more = [(point, runs[name]) for name, point in candidates.items() if point not in tried]
+        means = {name: self._mean(found) for name, found in runs.items() if found is not None}
+        if len(means) < len(candidates):
+            return Progress(entries, None, [*first.tried, *more])
+        best = max(means, key=lambda name: means[name])  # its own choice among equals
+        return Progress(entries, candidates[best], [*first.tried, *more], best)
 
     def _progress(self, a: int, center: Point, board: Board, results: Mapping[str, Result]) -> Progress:
         plan = self.plan

@@ -276,8 +276,8 @@ GAINS = (
 )
 INTRODUCTION = (
     "Fashion-MNIST, real images of clothes; a ResNet of 10 layers with BatchNorm by SGD, and a small vision "
-    "transformer by AdamW. SGD stands for plain training. Every arm was tuned alike on validation rows, learning rate "
-    "and weight decay of the baseline first, and read once on the 10,000 test rows; the ResNet at 28×28 pixels with "
+    "transformer by AdamW. SGD stands for plain training. Every arm was tuned on validation rows, learning rate "
+    "and weight decay of SGD first and longest, and read once on the 10,000 test rows; the ResNet at 28×28 pixels with "
     "the settings of 14×14."
 )
 AFTERWORD: tuple[Block, ...] = (
