@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,14 @@ from torch import nn
 import gradreg
 from gradreg import cli
 from gradreg.lab import BadInput, Comparison, Loop, Task, compare, objective, stats, tasks
-from gradreg.lab.comparison import arms, run
+from gradreg.lab.comparison import api, arms, report, run
 from gradreg.lab.comparison.arms import BASELINE, LONGER, around
-from gradreg.lab.comparison.plan import FIRST_SEED, LADDER, Effort, Plan, checked_methods
+from gradreg.lab.comparison.plan import FIRST_SEED, LADDER, Effort, Plan, Taken, checked_methods
 from gradreg.lab.comparison.result import chosen, notes, settings
 from gradreg.lab.comparison.schedule import ComparisonSchedule
 from gradreg.lab.config import RunConfig
 from gradreg.lab.metric import ACCURACY, Metric
+from gradreg.lab.page import markdown
 from gradreg.lab.records import read_record
 from gradreg.lab.study import workers as workers_module
 from gradreg.lab.study.storage import Place
@@ -178,6 +180,38 @@ def test_the_baseline_is_tried_to_the_end_where_its_short_runs_left(recorded):
     found = compare(recorded(train), ["F-GR:weight_decay=0.01"], **words)
     assert [row["weight_decay"] for row in found.rows] == [0.01, 0.01]
     assert found.rows[0]["scores"] == found.rows[1]["scores"]
+
+
+@pytest.mark.parametrize("favors", [True, False])
+def test_arms_that_another_comparison_tuned_are_not_searched_for(favors, recorded, monkeypatch):
+    """All start from the baseline's; it is tried where one of them ends, and there alone."""
+    known = {BASELINE: Taken({"learning_rate": 0.3, "weight_decay": 0.1}, 0.25)}
+    known["SAM"] = Taken({"learning_rate": 0.3, "weight_decay": 0.1, "rho": 0.05}, 0.5)
+    planned = api._plan
+    monkeypatch.setattr(api, "_plan", lambda *words: replace(planned(*words), taken=known))
+
+    def train(run):
+        runs.append(run)
+        found = (1.0 if favors else -9.0) * (run.weight_decay == 0.5) - abs(math.log10(run.learning_rate / 0.3))
+        return {"validation": found + 10 * (run.method == "F-GR"), "test": found}
+
+    runs = []
+    words = {"trials": 3, "seeds": 2, "workers": 1, "opponent": False}
+    plain, sam, ours = compare(recorded(train), ["SAM", "F-GR"], **words).rows
+    assert [plain["tried"], sam["tried"], ours["tried"]] == [0, 0, 3]
+    assert (plain["validation"], sam["validation"], sam["settings"]) == (0.25, 0.5, {"rho": 0.05})
+    assert {r.method for r in runs if r.scored_on == "validation"} == {"F-GR"}
+    assert runs[0].weight_decay == 0.1
+
+    runs.clear()
+    found = compare(recorded(train), ["SAM", "F-GR:weight_decay=0.5"], **words)
+    plain, sam, ours = found.rows
+    assert {r.weight_decay for r in runs if r.method == "SGD" and r.scored_on == "validation"} == {0.1, 0.5}
+    assert (plain["weight_decay"], sam["weight_decay"], sam["tried"]) == (0.5 if favors else 0.1, 0.1, 0)
+    assert plain["validation"] == (1.0 if favors else 0.0)
+    said = " ".join(notes(found.results))
+    assert "SGD and SAM have the settings that they came to in another comparison. Each other arm was tuned" in said
+    assert "In another comparison: SGD and SAM; the others on validation rows" in markdown(report.page(found.results))
 
 
 def test_more_seeds_and_candidates_as_asked(recorded):

@@ -188,7 +188,8 @@ def test_every_piece_can_run_and_the_first_claims_are_all_there():
         if piece.settings_of:
             taken = {arm.name: Taken({"learning_rate": 0.1}, 0.8) for arm in PIECES[piece.settings_of].plan().arms}
             plan = piece.plan(None, taken)
-            assert set(plan.taken) == {arm.name for arm in plan.arms}
+            assert set(plan.taken) == {arm.name for arm in plan.arms} & set(taken)
+            assert bool(plan.effort.trials) == bool(plan.searched)
             assert Plan.from_row(json.loads(json.dumps(plan.as_row()))) == plan
             assert list(PIECES).index(piece.settings_of) < list(PIECES).index(piece.name)
     found = {a.name for a in PIECES["resnet-14-clean"].plan().arms}
@@ -298,6 +299,22 @@ def test_a_piece_takes_the_settings_of_another(clothes, monkeypatch, capsys):
     assert main([*words, larger.name, "--out", "b"]) == 0  # from the record beside the page
     again = read_record(clothes / "b" / larger.name / "results.json")["arms"]
     assert [arm["scores"] for arm in again] == [arm["scores"] for arm in second["arms"]]
+
+
+def test_a_piece_searches_only_for_the_arms_that_another_lacks(clothes, monkeypatch, capsys):
+    more = replace(run.PIECES["resnet-14-noisy"], name="resnet-14-modes", methods=("F-GR", "MSAM"))
+    more = replace(more, settings_of="resnet-14-noisy", measures_flatness=False)
+    monkeypatch.setitem(run.PIECES, more.name, more)
+    monkeypatch.setattr(run, "QUICK", ("resnet-14-noisy", more.name))
+    words = ["images", "--quick", "--path", "clothes", "--workers", "1", "--write", "images.md", "--out", "a"]
+    assert main(words) == 0
+    first, second = read_record(clothes / "images.json")["pieces"]
+    assert [arm["name"] for arm in second["arms"]] == ["SGD", "F-GR", "MSAM"]
+    assert [arm["tried"] for arm in second["arms"]] == [0, 0, 1]
+    assert [arm["scores"] for arm in second["arms"][:2]] == [arm["scores"] for arm in first["arms"]]
+    assert not second["is_earlier"]
+    text = (clothes / "images.md").read_text(encoding="utf-8")
+    assert "; SGD and F-GR with the settings of `resnet-14-noisy`, whose validation this is; 1 candidate for" in text
 
 
 def test_what_another_plan_gave_does_not_stay_on_the_page(clothes, monkeypatch):

@@ -98,13 +98,18 @@ class Plan:
     is_thorough: bool = True
     """Whether the baseline's search goes on for as long as it finds better, and comes back to where the others went."""
     taken: Mapping[str, Taken] = field(default_factory=dict)
-    """Of every arm by its name, or of none: the choice of a comparison on a cheaper task, in the place of a search."""
+    """Of arms by their names: what another comparison chose, on this task or a cheaper one; no search."""
 
     @property
     def arms(self) -> tuple[Arm, ...]:
         """The baseline first, the opponent last."""
         arms = {arm.name: arm for arm in (arm_of(name, self.by) for name in (BASELINE, *self.methods))}
         return (*arms.values(), longer()) if self.has_opponent else tuple(arms.values())
+
+    @property
+    def searched(self) -> tuple[Arm, ...]:
+        """Those whose settings are not taken."""
+        return tuple(arm for arm in self.arms if arm.name not in self.taken)
 
     @property
     def search_seeds(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from gradreg.lab.comparison.arms import BASELINE
 from gradreg.lab.comparison.figures import cost_figure, score_figure
-from gradreg.lab.comparison.result import chosen, leader, notes
+from gradreg.lab.comparison.result import chosen, leader, notes, taken
 from gradreg.lab.config import from_mapping
 from gradreg.lab.methods import METHODS
 from gradreg.lab.metric import NO_RESULT, Metric
@@ -19,7 +19,7 @@ from gradreg.lab.page import Block, Code, Figure, Heading, Items, Page, made, pl
 from gradreg.lab.report.snippets import lines_of
 from gradreg.lab.stats import UNDECIDED
 from gradreg.lab.tables import WIDTH, Table, say
-from gradreg.lab.words import gap, score
+from gradreg.lab.words import gap, listed, score
 
 Row = Mapping[str, Any]
 
@@ -87,7 +87,7 @@ def page(results: Row) -> Page:
             table(results),
             *figures,
             Heading("What was chosen"),
-            "In another comparison." if results["plan"].get("taken") else SEARCHED,
+            _searched(results),
             chosen_table(results),
             Heading(f"{best['name']}, to copy"),
             Code(snippet(results, best), "python"),
@@ -99,6 +99,13 @@ def page(results: Row) -> Page:
         ],
         "gradreg compare",
     )
+
+
+def _searched(results: Row) -> str:
+    known, are_all = taken(results)
+    if are_all:
+        return "In another comparison."
+    return f"In another comparison: {listed(known)}; the others on validation rows, alike." if known else SEARCHED
 
 
 def snippet(results: Row, row: Row) -> str:

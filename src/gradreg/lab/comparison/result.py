@@ -41,9 +41,9 @@ def arm_rows(schedule: ComparisonSchedule, board: Board, costs: Mapping[str, Row
         scores = [result.score for result in test]
         row = {
             **_about(arm, found.choice),
-            "tried": 0 if plan.taken else len(found.tried),
+            "tried": sum(runs is not None for _, runs in found.tried),
             "runs": len(found.entries) + len(test),
-            "validation": plan.taken[arm.name].validation if plan.taken else _mean([run.score for run in chosen]),
+            "validation": plan.taken[arm.name].validation if not chosen else _mean([run.score for run in chosen]),
             "scores": scores,
             "failed": [_last_line(r.error) for _, runs in found.tried for r in runs or () if r.error]
             + [_last_line(r.error) for r in test if r.error],
@@ -183,7 +183,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     said = [
         f"Score: {metric.name} on test rows, in {unit}; {way} is better. Mean and 95 % interval (Student's t) over "
         f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}; differences and verdicts are paired by seed.",
-        f"{_tuned(plan, tried)} The test rows were read once, by the choice of each arm.",
+        f"{_tuned(results, tried)} The test rows were read once, by the choice of each arm.",
         "SGD is plain training, with the task's own optimizer.",
         *([results["how_cost"]] if results.get("how_cost") else []),
         *results.get("not_afforded", []),
@@ -203,12 +203,27 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _tuned(plan: Mapping[str, Any], tried: str) -> str:
+def taken(results: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """The arms whose settings are of another comparison, and whether these are all."""
+    names = [row["name"] for row in results["arms"]]
+    found = [name for name in names if name in results["plan"].get("taken", {})]
+    return found, found == names
+
+
+def _tuned(results: Mapping[str, Any], tried: str) -> str:
     """How the settings were found."""
-    if plan.get("taken"):
+    plan = results["plan"]
+    known, are_all = taken(results)
+    if are_all:
         return (
             "Nothing was searched for: each arm has the settings that it came to in another comparison, and its "
             "validation score is of there."
+        )
+    if known:
+        return (
+            f"{listed(known)} have the settings that they came to in another comparison. Each other arm was tuned "
+            f"alike, by validation rows: at most {tried}, from SGD's learning rate and weight decay on; where one went "
+            "on to others, SGD was tried there too."
         )
     alike = f"Each arm was tuned alike, by validation rows: at most {tried}; SGD's learning rate and weight decay first"
     if not plan.get("is_thorough"):

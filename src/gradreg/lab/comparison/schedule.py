@@ -80,7 +80,7 @@ class ComparisonSchedule(Schedule):
             for a, arm in enumerate(self.arms[1:], 1):
                 found[arm.name] = self._progress(a, first.choice, board, results)
             others = [found[arm.name].choice for arm in self.arms[1:]]
-            if self.plan.is_thorough and not self.plan.taken and None not in others:
+            if self.plan.is_thorough and self.plan.searched and None not in others:
                 found[self.arms[0].name] = self._again(first, [point for point in others if point], results)
         return found
 
@@ -100,6 +100,8 @@ class ComparisonSchedule(Schedule):
                 candidates[f"0-{tried.index(point)}"] = point
             elif point not in candidates.values():
                 candidates[f"0-again-{len(candidates)}"] = point
+        if len(candidates) == 1:
+            return first
         known = {entry.key for entry in first.entries}
         asked = [entry_of(n, point, seed, VALIDATION, arm=0) for n, point in candidates.items() for seed in seeds]
         entries = [*first.entries, *(entry for entry in asked if entry.key not in known)]
@@ -113,8 +115,8 @@ class ComparisonSchedule(Schedule):
 
     def _progress(self, a: int, center: Point, board: Board, results: Mapping[str, Result]) -> Progress:
         plan = self.plan
-        if plan.taken:
-            choice = dict(plan.taken[self.arms[a].name].point)
+        if taken := plan.taken.get(self.arms[a].name):
+            choice = dict(taken.point)
             return Progress([], choice, [(choice, None)], f"{a}-0")
         points = self._entered(a, board)
         runs = [self._runs(f"{a}-{k}", plan.search_seeds, results) for k in range(len(points))]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradreg.lab.comparison.report import chosen_table, table
+from gradreg.lab.comparison.result import taken
 from gradreg.lab.comparison.run import duration
 from gradreg.lab.metric import ACCURACY
 from gradreg.lab.page import Block, Code, Figure, Heading, Items, Page, made, plain
@@ -224,19 +225,26 @@ def _kept(results: Row) -> list[Block]:
 def _section(piece: Row) -> list[Block]:
     plan = piece["plan"]
     base, seeds = plan["base"], piece["seeds"]
-    if source := PIECES[piece["name"]].settings_of:
-        searched = f"the settings of `{source}`, whose validation this is"
-    else:
+    known, are_all = taken(piece)
+    source = PIECES[piece["name"]].settings_of
+    searched = []
+    if not are_all:
         short = plan.get("search_epochs", 0)
-        candidates = f"{plan['trials']} candidates" + f" for {short} epoch{plural(short)}" * bool(short)
+        candidates = (
+            f"{plan['trials']} candidate{plural(plan['trials'])}" + f" for {short} epoch{plural(short)}" * bool(short)
+        )
         again = "for all epochs" if short else "again"
-        searched = f"{candidates} of each arm, the best {plan['finalists']} {again} on another seed"
+        other = " other" * bool(known)
+        searched.append(f"{candidates} of each{other} arm, the best {plan['finalists']} {again} on another seed")
+    if known:
+        of = "the settings" if are_all else f"{listed(known)} with the settings"
+        searched.insert(0, f"{of} of `{source}`, whose validation this is")
     return [
         Heading(_about(piece), 3),
         table(_as_comparison(piece)),
         chosen_table(_as_comparison(piece)),
         f"`{piece['name']}`: {base['num_train']:,} training rows, batches of {base['batch_size']}, {base['epochs']} "
-        f"epochs, {base['optimizer']}; {searched}; {len(seeds)} test seeds. {piece['num_runs']} runs, "
+        f"epochs, {base['optimizer']}; {'; '.join(searched)}; {len(seeds)} test seeds. {piece['num_runs']} runs, "
         f"{duration(piece['seconds'])} of one core; {plain(piece['made']['date'][:10])}."
         + " † Of an earlier plan."
         * _is_earlier(piece),

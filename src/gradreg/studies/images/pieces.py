@@ -60,7 +60,7 @@ class Piece:
     measures_flatness: bool = True
     """Minutes on two cores for each arm."""
     settings_of: str = ""
-    """The piece from which its arms take their settings, where they are not searched for."""
+    """The piece from which the arms that both have take their settings, in the place of a search."""
 
     def plan(self, path: str | None = None, taken: Mapping[str, Taken] | None = None) -> Plan:
         """With the data at a path, or where Debian's package has it, and what is taken from the piece `settings_of`."""
@@ -79,9 +79,11 @@ class Piece:
     def _taking(self, plan: Plan, taken: Mapping[str, Taken] | None) -> Plan:
         if not self.settings_of:
             return plan
+        plan = replace(plan, taken={a.name: taken[a.name] for a in plan.arms if a.name in taken} if taken else {})
+        if not set(self.methods) <= set(PIECES[self.settings_of].methods):
+            return plan
         tests = Effort(trials=0, seeds=plan.effort.seeds, search_seeds=1, finalists=0, final_seeds=0)
-        own = {arm.name: taken[arm.name] for arm in plan.arms} if taken else {}
-        return replace(plan, effort=tests, taken=own)
+        return replace(plan, effort=tests)
 
 
 def _noisy(base: RunConfig) -> RunConfig:
@@ -99,6 +101,7 @@ PIECES: dict[str, Piece] = {
             ("F-GR", SMALL, LARGE),
             claims=("b4",),
             measures_flatness=False,
+            settings_of="resnet-14-noisy",
         ),
         Piece(
             "resnet-14-modes",
@@ -107,6 +110,7 @@ PIECES: dict[str, Piece] = {
             MODES,
             claims=(),
             measures_flatness=False,
+            settings_of="resnet-14-noisy",
         ),
         Piece(
             "resnet-14-few",
