@@ -399,6 +399,28 @@ def test_the_controls_are_played_once_and_are_on_the_page(clothes, monkeypatch):
     assert kept_lines(path) == [*lines[1:], lines[0]]
 
 
+def test_the_models_of_the_controls_are_measured_beside_the_arms(clothes, monkeypatch):
+    """Also those of a folder that an earlier version began, which kept no such model and had fewer measures."""
+    name, there, other = "resnet-14-noisy", "SGD, lr 0.1, wd 0.5", "F-GR:weight_decay=0.5"
+    monkeypatch.setitem(run.PIECES, name, replace(run.PIECES[name], methods=("F-GR", other)))
+    words = ["images", "--quick", "--path", "clothes", "--workers", "1", "--only", name, "--write", "a.md"]
+    assert main([*words, "--out", "a"]) == 0
+    (piece,) = read_record(clothes / "a.json")["pieces"]
+    rows = {row["name"]: row for row in piece["flatness"]}
+    assert {"SGD", "F-GR", "F-GR, weight_decay 0.5", there} <= set(rows)
+    lengths = {name: row["measures"]["length"] for name, row in rows.items()}
+    assert lengths[there]["side"] == -1  # shorter, by weight decay alone
+    assert lengths[there]["mean"] == pytest.approx(lengths["F-GR, weight_decay 0.5"]["mean"], rel=0.2)
+    assert "another learning rate or weight decay than SGD, compare it with the row" in (clothes / "a.md").read_text()
+    place = clothes / "a" / name / run.FLATNESS
+    lines = [{key: value for key, value in row.items() if key != "length"} for row in kept_lines(place)]
+    place.write_text("".join(f"{json.dumps(row)}\n" for row in lines if row["arm"] != there), encoding="utf-8")
+    for path in (clothes / "a" / name / "models").glob("*wd*"):
+        path.unlink()
+    assert main(["images", "--resume", "a", "--only", name, "--workers", "1", "--write", "a.md"]) == 0
+    assert read_record(clothes / "a.json")["pieces"][0]["flatness"] == piece["flatness"]
+
+
 def test_what_was_measured_is_not_measured_again(clothes, monkeypatch):
     words = ["images", "--quick", "--path", "clothes", "--workers", "1", "--only", "resnet-14-noisy", "--out", "a"]
     calls = []

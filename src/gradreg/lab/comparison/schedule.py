@@ -28,7 +28,11 @@ ALL_FAILED = "every run of"
 
 def weights_name(arm: Arm, seed: int) -> str:
     """File of what an arm's model holds at the end of a test run."""
-    name = arm.word if arm.held else arm.name
+    return file_name(arm.word if arm.held else arm.name, seed)
+
+
+def file_name(name: str, seed: int) -> str:
+    """File of a model by what it is called."""
     return f"{re.sub('[^A-Za-z0-9.-]+', '-', name)}-{seed}.safetensors"
 
 

@@ -1,7 +1,8 @@
 """Plain training at the learning rate and weight decay of the other arms.
 
 An arm starts its search where that of the baseline ended, and may move on: what it gains may be the method's, or that
-of a learning rate and a weight decay at which the baseline was not tried. Here it is, on the seeds of the test.
+of a learning rate and a weight decay at which the baseline was not tried. Here it is, on the seeds of the test; its
+models too, since with a norm layer the weight decay alone sets the length of weights, and by it all derivatives.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from gradreg.lab import stats
+from gradreg.lab.comparison.arms import BASELINE
 from gradreg.lab.config import RunConfig
 from gradreg.lab.runs import Job
 
@@ -32,6 +34,12 @@ def controls(base: RunConfig, arms: Sequence[Mapping[str, Any]], seeds: Sequence
         for point in points
         for seed in seeds
     ]
+
+
+def control_name(row: Mapping[str, Any]) -> str:
+    """As the table has it: `SGD, lr 0.1, wd 0.0135`."""
+    rate, decay = _rates(row)
+    return f"{BASELINE}, lr {rate:g}, wd {decay:g}"
 
 
 def line(job: Job, score: float | None) -> Row:

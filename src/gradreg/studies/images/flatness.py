@@ -1,6 +1,6 @@
 """What flat minima are said to buy besides accuracy, measured on the models that a comparison has kept.
 
-All on test rows but the last three, which are the plain loss on 1,000 training rows in evaluation mode:
+All on test rows, but those of the curvature, which are of the plain loss on 1,000 training rows in evaluation mode:
 
 - *ECE*, the expected calibration error: Σ_b (n_b/n) |accuracy_b − confidence_b| over 15 bins of equal width of the
   largest probability (Guo et al., On Calibration of Modern Neural Networks, ICML 2017); and the mean of that
@@ -9,7 +9,10 @@ All on test rows but the last three, which are the plain loss on 1,000 training 
   *contrast* (a third of it), corruptions in the manner of Hendrycks and Dietterich (ICLR 2019), made here;
 - accuracy with *weights rounded* to 8 and 4 bits: matrices and kernels, each to equal steps up to its largest entry;
 - accuracy on the second half of the classes after a gentle epoch of fine-tuning on the first: what is *kept*;
-- ‖∇L‖, tr H and λ_max.
+- ‖∇L‖, tr H and λ_max;
+- ‖W‖, the length of all matrices and kernels: before a norm layer the loss does not change with it, but ‖∇L‖ goes with
+  1/‖W‖ and tr H with 1/‖W‖², so that shorter weights alone make a minimum sharper (van Laarhoven, L2
+  Regularization versus Batch and Weight Normalization, 2017).
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ MEASURES = {
     "grad_norm": "‖∇L‖",
     "trace": "tr H",
     "top": "λ_max",
+    "length": "‖W‖",
 }
 """What is measured, as the table heads it."""
 SHARES = ("ece", "sure", "noise", "blur", "contrast", "bits_8", "bits_4", "kept")
@@ -88,6 +92,7 @@ def measure(kept: Kept) -> dict[str, float]:
     for bits in BITS:
         found[f"bits_{bits}"] = objective.evaluate(model(lambda w, bits=bits: rounded(w, bits)), test).score
     found["kept"] = after_fine_tuning(model(), train, test, kept.config.batch_size, kept.config.seed)
+    found["length"] = math.hypot(*(value.norm().item() for value in state.values() if is_matrix(value)))
     return found | curvature_of(plain, train[:ROWS])
 
 

@@ -126,7 +126,10 @@ def flatness_table(piece: Row) -> Table:
         value = number(100 * mean) if name in SHARES else f"{mean:.3g}" if abs(mean) < 1000 else f"{mean:,.0f}"
         return value.replace("-", "−") + arrows[found["side"]]
 
-    rows = [(row["name"], *(cell(name, row["measures"][name]) for name in MEASURES)) for row in piece["flatness"]]
+    rows = [
+        (row["name"], *(cell(name, row["measures"].get(name, NOT_MEASURED)) for name in MEASURES))
+        for row in piece["flatness"]
+    ]
     counts = listed([str(count) for count in sorted({row["models"] for row in piece["flatness"]})])
     title = f"{_about(piece)}; means over {counts} models"
     return Table(title, ("arm", *MEASURES.values()), rows)
@@ -144,8 +147,11 @@ def notes() -> list[str]:
         "its accuracy it is overconfident, below too modest; accuracy in percent under noise, blur and low contrast, "
         "with weights rounded to 8 and 4 bits, and *kept* on five classes after a gentle epoch of fine-tuning on the "
         "other five (rate 0.001); ‖∇L‖, tr H and λ_max of the plain loss on 1,000 training rows in evaluation mode, "
-        "with the labels trained on. ↑ and ↓: the paired 95 % interval of the difference to SGD lies above or below "
-        "0.",
+        "with the labels trained on; ‖W‖, the length of all matrices and kernels. ↑ and ↓: the paired 95 % interval of "
+        "the difference to SGD lies above or below 0.",
+        "Before a norm layer the length of weights changes nothing but derivatives: a larger weight decay makes "
+        "weights shorter, and by that alone ‖∇L‖, tr H and λ_max larger, and the same fine-tuning stronger. Where an "
+        "arm has another learning rate or weight decay than SGD, compare it with the row of SGD there, below the arms.",
     ]
 
 
@@ -262,6 +268,7 @@ def _record(pieces: Sequence[Row], record: str) -> str:
 
 
 DAGGER = " †"
+NOT_MEASURED = {"mean": None, "side": 0}
 EARLIER = (
     "**Read this first.** {names} were played by an earlier plan, which tuned plain training too little: nine "
     "candidates, for a third of the epochs, and its search could end while it still found better ones. Every other arm "

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,18 @@ from gradreg.lab.comparison import report
 from gradreg.lab.comparison import run as comparison
 from gradreg.lab.comparison.plan import Plan as ComparisonPlan
 from gradreg.lab.comparison.plan import Taken
-from gradreg.lab.comparison.schedule import weights_name
+from gradreg.lab.comparison.schedule import file_name, weights_name
 from gradreg.lab.config import RunConfig
 from gradreg.lab.folder import Hopeless, append_line, shown, write_json
 from gradreg.lab.page import publish, tell, write_page
 from gradreg.lab.player import on_processes, run_all
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.records import kept_lines, read_results, sealed
+from gradreg.lab.runs import Job
 from gradreg.lab.study.storage import Place
 from gradreg.lab.study.workers import MODELS
-from gradreg.studies.images.controls import controls, line
-from gradreg.studies.images.flatness import Kept, measure
+from gradreg.studies.images.controls import control_name, controls, line
+from gradreg.studies.images.flatness import MEASURES, Kept, measure
 from gradreg.studies.images.page import page, told
 from gradreg.studies.images.pieces import PIECES, QUICK, Piece
 from gradreg.studies.images.record import merged, place_of, recorded, write_record
@@ -135,30 +136,41 @@ def _command(plan: Plan, names: Sequence[str]) -> str:
 
 def _control(plan: ComparisonPlan, folder: Path, workers: int) -> None:
     """Plain training at the learning rate and weight decay of the other arms; each run a line as it is there."""
-    path, arms = folder / CONTROLS, read_results(folder / "results.json")["arms"]
+    path = folder / CONTROLS
     known = [{**row, "score": None} for row in kept_lines(path)]
-    todo = [job for job in controls(plan.base, arms, plan.seeds) if line(job, None) not in known]
+    jobs = _controls(plan, folder)
+    todo = [job for job in jobs if line(job, None) not in known or (job.weights and not job.weights.exists())]
     with progress_bar() as progress, closing(run_all(todo, workers)) as found:
         for count, (k, result) in enumerate(found, 1):
             append_line(path, sealed(line(todo[k], result.score)))
             progress("plain training at the settings of others", count, len(todo))
 
 
+def _controls(plan: ComparisonPlan, folder: Path) -> list[Job]:
+    """With the file that takes the model, where models are kept."""
+    jobs = controls(plan.base, read_results(folder / "results.json")["arms"], plan.seeds)
+    if not plan.keeps_models:
+        return jobs
+    places = [folder / MODELS / file_name(control_name(vars(job.config)), job.config.seed) for job in jobs]
+    return [replace(job, weights=place) for job, place in zip(jobs, places)]
+
+
 def _measure(plan: ComparisonPlan, folder: Path, workers: int) -> None:
-    """Of the models that are not measured yet, each a line as it is there."""
-    done = {(row["arm"], row["seed"]) for row in kept_lines(folder / FLATNESS)}
-    todo = [
-        (arm, seed)
+    """Of the models that are not measured yet, or not in all, each a line as it is there."""
+    done = {(row["arm"], row["seed"]) for row in kept_lines(folder / FLATNESS) if {*MEASURES} <= {*row}}
+    chosen = {row["name"]: row for row in read_results(folder / "results.json")["arms"]}
+    models = [
+        (arm.name, Kept(_config(plan, arm, chosen, seed), folder / MODELS / weights_name(arm, seed)))
         for seed in plan.seeds
         for arm in plan.arms
-        if (arm.name, seed) not in done and (folder / MODELS / weights_name(arm, seed)).exists()
     ]
-    chosen = {row["name"]: row for row in read_results(folder / "results.json")["arms"]}
-    kept = [Kept(_config(plan, arm, chosen, seed), folder / MODELS / weights_name(arm, seed)) for arm, seed in todo]
-    with progress_bar() as progress, closing(on_processes(measure, kept, workers)) as found:
+    plainly = _controls(plan, folder)
+    models += [(control_name(vars(job.config)), Kept(job.config, job.weights)) for job in plainly if job.weights]
+    todo = [(name, kept) for name, kept in models if (name, kept.config.seed) not in done and kept.weights.exists()]
+    with progress_bar() as progress, closing(on_processes(measure, [kept for _, kept in todo], workers)) as found:
         for count, (k, row) in enumerate(found, 1):
-            arm, seed = todo[k]
-            append_line(folder / FLATNESS, sealed({"arm": arm.name, "seed": seed, **row}))
+            name, kept = todo[k]
+            append_line(folder / FLATNESS, sealed({"arm": name, "seed": kept.config.seed, **row}))
             progress("what flatness buys", count, len(todo))
 
 

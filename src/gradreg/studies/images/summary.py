@@ -16,7 +16,7 @@ from gradreg.lab.metric import ACCURACY
 from gradreg.studies.claims.claim import FAILS, HOLDS, UNDECIDED
 from gradreg.studies.frontier.modes import ARMS, FULL, PLAIN
 from gradreg.studies.frontier.retention import retention
-from gradreg.studies.images.controls import control_rows
+from gradreg.studies.images.controls import control_name, control_rows, moved
 from gradreg.studies.images.flatness import MEASURES
 from gradreg.studies.images.pieces import LARGE, MODES, SMALL, Piece
 
@@ -59,7 +59,7 @@ def piece_row(
         ],
         "kept": _kept(arms),
         "controls": control_rows(results["arms"], plainly, results["seeds"]),
-        "flatness": flatness_rows(models, list(arms)),
+        "flatness": flatness_rows(models, [*arms, *dict.fromkeys(map(control_name, moved(results["arms"])))]),
     }
 
 
