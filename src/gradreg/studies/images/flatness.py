@@ -1,6 +1,6 @@
 """What flat minima are said to buy besides accuracy, measured on the models that a comparison has kept.
 
-All on test rows, but those of the curvature, which are of the plain loss on 1,000 training rows in evaluation mode:
+All on test rows, but L and its derivatives, of the plain loss on 1,000 training rows in evaluation mode:
 
 - *ECE*, the expected calibration error: Σ_b (n_b/n) |accuracy_b − confidence_b| over 15 bins of equal width of the
   largest probability (Guo et al., On Calibration of Modern Neural Networks, ICML 2017); and the mean of that
@@ -9,7 +9,7 @@ All on test rows, but those of the curvature, which are of the plain loss on 1,0
   *contrast* (a third of it), corruptions in the manner of Hendrycks and Dietterich (ICLR 2019), made here;
 - accuracy with *weights rounded* to 8 and 4 bits: matrices and kernels, each to equal steps up to its largest entry;
 - accuracy on the second half of the classes after a gentle epoch of fine-tuning on the first: what is *kept*;
-- ‖∇L‖, tr H and λ_max;
+- L, ‖∇L‖, tr H and λ_max: with cross-entropy they all vanish together;
 - ‖W‖, the length of all matrices and kernels: before a norm layer the loss does not change with it, but ‖∇L‖ goes with
   1/‖W‖ and tr H with 1/‖W‖², so that shorter weights alone make a minimum sharper (van Laarhoven, L2
   Regularization versus Batch and Weight Normalization, 2017).
@@ -52,6 +52,7 @@ MEASURES = {
     "bits_8": "8 bits",
     "bits_4": "4 bits",
     "kept": "kept",
+    "loss": "L",
     "grad_norm": "‖∇L‖",
     "trace": "tr H",
     "top": "λ_max",
@@ -161,15 +162,17 @@ def after_fine_tuning(model: nn.Module, train: Part, test: Part, batch_size: int
 
 
 def curvature_of(model: nn.Module, part: Part) -> dict[str, float]:
-    """Of the plain loss; NaN where the run diverged."""
-    if not math.isfinite(objective.evaluate(model, part).loss):
-        return dict.fromkeys(("grad_norm", "trace", "top"), math.nan)
+    """The plain loss and its derivatives; NaN where the run diverged."""
+    loss = objective.evaluate(model, part).loss
+    if not math.isfinite(loss):
+        return dict.fromkeys(("loss", "grad_norm", "trace", "top"), math.nan)
     batches: list[Any] = [batch for batch, _ in part.chunks(None, 2**17)]
 
     def loss_fn(batch: Any) -> Tensor:
         return objective.cross_entropy(model, batch)
 
     return {
+        "loss": loss,
         "grad_norm": curvature.gradient_norm(loss_fn, model, batches),
         "trace": curvature.hessian_trace(loss_fn, model, batches, num_probes=PROBES).mean,
         "top": curvature.top_eigenvalues(loss_fn, model, batches, by="value", tolerance=0.01).values[0],

@@ -146,7 +146,7 @@ def notes() -> list[str]:
         "What flatness buys: ECE in percent, and how *sure* the model is, the mean of its largest probability: above "
         "its accuracy it is overconfident, below too modest; accuracy in percent under noise, blur and low contrast, "
         "with weights rounded to 8 and 4 bits, and *kept* on five classes after a gentle epoch of fine-tuning on the "
-        "other five (rate 0.001); ‖∇L‖, tr H and λ_max of the plain loss on 1,000 training rows in evaluation mode, "
+        "other five (rate 0.001); the plain loss L, ‖∇L‖, tr H and λ_max on 1,000 training rows in evaluation mode, "
         "with the labels trained on; ‖W‖, the length of all matrices and kernels. ↑ and ↓: the paired 95 % interval of "
         "the difference to SGD lies above or below 0.",
         "Before a norm layer the length of weights changes nothing but derivatives: a larger weight decay makes "
