@@ -214,6 +214,35 @@ def test_arms_that_another_comparison_tuned_are_not_searched_for(favors, recorde
     assert "In another comparison: SGD and SAM; the others on validation rows" in markdown(report.page(found.results))
 
 
+def test_settings_of_another_task_are_tried_at_three_learning_rates(recorded, monkeypatch):
+    """And plain training where the others end."""
+    point = {"learning_rate": 0.3, "weight_decay": 0.1}
+    known = {BASELINE: Taken(point, 0.25), "SAM": Taken({**point, "weight_decay": 0.2, "rho": 0.05}, 0.5)}
+    planned = api._plan
+    monkeypatch.setattr(api, "_plan", lambda *words: replace(planned(*words), taken=known, tries_rates=True))
+
+    def train(run):
+        runs.append(run)
+        found = -abs(math.log10(run.learning_rate / (0.1 if run.method == "SGD" else 0.9))) - run.weight_decay
+        return {"validation": found, "test": found}
+
+    runs = []
+    found = compare(recorded(train), ["SAM"], trials=3, seeds=2, workers=1, opponent=False)
+    plain, sam = found.rows
+    assert {r.learning_rate for r in of(runs, method="SAM")} == {0.1, 0.3, 0.9}
+    assert {(r.learning_rate, r.weight_decay) for r in of(runs, method="SGD")} == {
+        *((rate, 0.1) for rate in (0.1, 0.3, 0.9)),
+        (0.9, 0.2),
+    }
+    assert (plain["learning_rate"], plain["weight_decay"], plain["tried"]) == (0.1, 0.1, 4)
+    assert (sam["learning_rate"], sam["settings"], sam["tried"]) == (0.9, {"rho": 0.05}, 3)
+    assert sam["validation"] == pytest.approx(-0.2)  # of here
+    assert "a third or three times it" in " ".join(notes(found.results))
+    assert "In another comparison, but for the learning rate." in markdown(report.page(found.results))
+    plan = Plan(RunConfig(data="digits"), ("SAM",), taken=known, tries_rates=True)
+    assert Plan.from_row(json.loads(json.dumps(plan.as_row()))) == plan
+
+
 def test_more_seeds_and_candidates_as_asked(recorded):
     train = Recorder()
     compare(recorded(train), ["SAM"], trials=3, seeds=4, workers=1, opponent=False, first_seed=10)

@@ -98,7 +98,9 @@ class Plan:
     is_thorough: bool = True
     """Whether the baseline's search goes on for as long as it finds better, and comes back to where the others went."""
     taken: Mapping[str, Taken] = field(default_factory=dict)
-    """Of arms by their names: what another comparison chose, on this task or a cheaper one; no search."""
+    """Of arms by their names: what another comparison chose, in the place of a search."""
+    tries_rates: bool = False
+    """Whether what is taken is of another task: an arm tries it at a third and three times the learning rate too."""
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -108,8 +110,8 @@ class Plan:
 
     @property
     def searched(self) -> tuple[Arm, ...]:
-        """Those whose settings are not taken."""
-        return tuple(arm for arm in self.arms if arm.name not in self.taken)
+        """Those that have more than one candidate."""
+        return tuple(arm for arm in self.arms if self.tries_rates or arm.name not in self.taken)
 
     @property
     def search_seeds(self) -> tuple[int, ...]:
@@ -140,6 +142,7 @@ class Plan:
             "num_records": self.num_records,
             "is_thorough": self.is_thorough,
             "taken": {name: asdict(taken) for name, taken in self.taken.items()},
+            "tries_rates": self.tries_rates,
         }
         later = {
             "search_epochs": 0,
@@ -147,6 +150,7 @@ class Plan:
             "num_records": RECORDS,
             "is_thorough": False,
             "taken": {},
+            "tries_rates": False,
         }
         return {name: value for name, value in row.items() if name not in later or value != later[name]}
 
@@ -163,6 +167,7 @@ class Plan:
             rest["num_records"] = int(row.get("num_records", RECORDS))
             rest["is_thorough"] = row.get("is_thorough", False)
             rest["taken"] = {name: Taken(**taken) for name, taken in row.get("taken", {}).items()}
+            rest["tries_rates"] = row.get("tries_rates", False)
             return cls(from_mapping(row["base"], "base"), tuple(row["methods"]), effort, **rest)
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"the plan must be that of a comparison, and has no good {error}.") from None

@@ -104,7 +104,7 @@ def page(results: Row) -> Page:
 def _searched(results: Row) -> str:
     known, are_all = taken(results)
     if are_all:
-        return "In another comparison."
+        return "In another comparison" + ", but for the learning rate" * results["plan"].get("tries_rates", False) + "."
     return f"In another comparison: {listed(known)}; the others on validation rows, alike." if known else SEARCHED
 
 

@@ -214,6 +214,11 @@ def _tuned(results: Mapping[str, Any], tried: str) -> str:
     """How the settings were found."""
     plan = results["plan"]
     known, are_all = taken(results)
+    if are_all and plan.get("tries_rates"):
+        return (
+            "Each arm has the settings that it came to in another comparison, at that learning rate, a third or three "
+            "times it, as validation rows say here; where one came to another than SGD, SGD was tried there too."
+        )
     if are_all:
         return (
             "Nothing was searched for: each arm has the settings that it came to in another comparison, and its "

@@ -10,11 +10,11 @@ from functools import cached_property
 from typing import Any
 
 from gradreg.lab.comparison.arms import Arm, center_of
-from gradreg.lab.comparison.plan import Plan
+from gradreg.lab.comparison.plan import Plan, Taken
 from gradreg.lab.folder import BadInput
 from gradreg.lab.metric import Metric
 from gradreg.lab.runs import Job, Result
-from gradreg.lab.search import Climb, Point, Scores, replayed
+from gradreg.lab.search import Climb, Point, Scores, replayed, rounded
 from gradreg.lab.study.board import Board, Entry
 from gradreg.lab.study.schedule import Schedule, Status, entry_of, key_of
 from gradreg.lab.tasks import metric_of
@@ -24,6 +24,12 @@ ENOUGH = 5
 """Candidates of an arm, the first, after which there is no hope where all have failed."""
 ALL_FAILED = "every run of"
 """So begins what is said where nothing can be compared."""
+
+
+def at_rates(taken: Taken) -> Climb:
+    """What was taken, and the same at a third and three times the learning rate."""
+    rates = (rounded(taken.point["learning_rate"] * factor) for factor in (1, 1 / 3, 3))
+    return Climb([{**taken.point, "learning_rate": rate} for rate in rates], steps=[])
 
 
 def weights_name(arm: Arm, seed: int) -> str:
@@ -119,14 +125,15 @@ class ComparisonSchedule(Schedule):
 
     def _progress(self, a: int, center: Point, board: Board, results: Mapping[str, Result]) -> Progress:
         plan = self.plan
-        if taken := plan.taken.get(self.arms[a].name):
+        taken = plan.taken.get(self.arms[a].name)
+        if taken and not plan.tries_rates:
             choice = dict(taken.point)
             return Progress([], choice, [(choice, None)], f"{a}-0")
         points = self._entered(a, board)
         runs = [self._runs(f"{a}-{k}", plan.search_seeds, results) for k in range(len(points))]
         tried = list(zip(points, runs))
         reserve = 2 * plan.effort.trials if a == 0 and plan.is_thorough else 0
-        search = self.arms[a].search(plan.base, center, plan.effort.trials, reserve)
+        search = self.arms[a].search(plan.base, center, plan.effort.trials, reserve) if not taken else at_rates(taken)
         asked = replayed(search, [(p, None if r is None else self._worths(r)) for p, r in tried])
         everything = [*points, *asked]
         entries = [

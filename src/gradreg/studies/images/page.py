@@ -244,7 +244,8 @@ def _section(piece: Row) -> list[Block]:
         searched.append(f"{candidates} of each{other} arm, the best {plan['finalists']} {again} on another seed")
     if known:
         of = "the settings" if are_all else f"{listed(known)} with the settings"
-        searched.insert(0, f"{of} of `{source}`, whose validation this is")
+        then = "each at the best of three learning rates" if plan.get("tries_rates") else "whose validation this is"
+        searched.insert(0, f"{of} of `{source}`, {then}")
     return [
         Heading(_about(piece), 3),
         table(_as_comparison(piece)),
@@ -271,10 +272,10 @@ DAGGER = " †"
 NOT_MEASURED = {"mean": None, "side": 0}
 EARLIER = (
     "**Read this first.** {names} were played by an earlier plan, which tuned plain training too little: nine "
-    "candidates, for a third of the epochs, and its search could end while it still found better ones. Every other arm "
-    "starts where that ended, and could go on. Gains over SGD in these pieces may be what its own weight decay would "
-    "have given, and their verdicts are not counted below; arms that share a learning rate and a weight decay can "
-    "still be told apart."
+    "candidates, for a third of the epochs, and its search could end while it still found better ones; at 28×28 "
+    "pixels none. Every other arm starts where that ended, and could go on. Gains over SGD in these pieces may be what "
+    "its own learning rate or weight decay would have given, and their verdicts are not counted below; arms that share "
+    "both can still be told apart."
 )
 CONTROLS = (
     "Each arm starts its search where that of SGD ended, and may move on to a learning rate or a weight decay at which "
@@ -293,7 +294,7 @@ INTRODUCTION = (
     "Fashion-MNIST, real images of clothes; a ResNet of 10 layers with BatchNorm by SGD, and a small vision "
     "transformer by AdamW. SGD stands for plain training. Every arm was tuned on validation rows, learning rate "
     "and weight decay of SGD first and longest, and read once on the 10,000 test rows; the ResNet at 28×28 pixels with "
-    "the settings of 14×14."
+    "the settings of 14×14, each arm at the best of three learning rates."
 )
 AFTERWORD: tuple[Block, ...] = (
     Heading("What we would not believe ourselves"),
@@ -306,8 +307,8 @@ AFTERWORD: tuple[Block, ...] = (
             "Nine candidates an arm are few: an arm with more settings (γ or its ratio, and ε) is searched more "
             "coarsely than one with fewer (ρ).",
             "5,000 validation rows and one seed of each finalist decide between close candidates, with their noise.",
-            "At 28×28 pixels the ResNet has the settings that its arms came to at 14×14: all of them alike, but what "
-            "is best at full resolution may lie elsewhere.",
+            "At 28×28 pixels the ResNet has the settings that its arms came to at 14×14, but for the learning rate: "
+            "what is best at full resolution may lie elsewhere.",
             "`cheap` is a split batch, a part of it ahead along the momentum. Its cost, and MSAM's, is of these "
             "small networks.",
         ]

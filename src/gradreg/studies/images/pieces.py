@@ -3,7 +3,7 @@
 A ResNet of 8n + 2 layers with BatchNorm by SGD, and a vision transformer by AdamW, on 10,000 rows of Fashion-MNIST or
 fewer. Candidates train to the end: a third of the epochs sees too little of what is memorized late, and chose a weight
 decay so small that any regularizer gained. No seed of the search is one of the test. The ResNet at full resolution has
-the settings that its arms came to at half of it, where a search costs a third.
+the settings that its arms came to at half of it, where a search costs a third, but for the learning rate.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class Piece:
         plan = replace(plan, taken={a.name: taken[a.name] for a in plan.arms if a.name in taken} if taken else {})
         if not set(self.methods) <= set(PIECES[self.settings_of].methods):
             return plan
-        tests = Effort(trials=0, seeds=plan.effort.seeds, search_seeds=1, finalists=0, final_seeds=0)
-        return replace(plan, effort=tests)
+        tests = Effort(trials=3, seeds=plan.effort.seeds, search_seeds=1, finalists=0, final_seeds=0)
+        return replace(plan, effort=tests, tries_rates=True)
 
 
 def _noisy(base: RunConfig) -> RunConfig:
