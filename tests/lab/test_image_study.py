@@ -348,6 +348,10 @@ def test_what_was_searched_for_otherwise_stays_apart(clothes, monkeypatch):
     assert "### resnet-14-noisy †" in text
     assert main([*words, "resnet-14-noisy", "--out", "c"]) == 0
     assert "†" not in (clothes / "images.md").read_text(encoding="utf-8")
+    assert main(["images", "--resume", "a", "--only", "resnet-14-clean", "--workers", "1", "--write", "images.md"]) == 0
+    held = read_record(clothes / "a" / "results.json")
+    assert [piece["is_earlier"] for piece in held["pieces"]] == [True, False]  # what the folder has
+    assert "†" not in (clothes / "images.md").read_text(encoding="utf-8")  # the record has a better one
 
 
 @pytest.mark.parametrize(

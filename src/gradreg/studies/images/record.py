@@ -25,9 +25,7 @@ def place_of(page: Path) -> Path:
 
 
 def recorded(page: Path, is_quick: bool, plan_of: Callable[[Piece], Plan]) -> list[Row]:
-    """The rows of the pieces that lie beside a page; none where there is no record.
-
-    A piece of another task than this version's is left out. One that was searched for by another plan is `is_earlier`.
+    """The rows of the pieces that lie beside a page, as `current` has them; none where there is no record.
 
     Raises:
         BadInput: another file, or the record of a full study, which a quick one would replace, or the other way round.
@@ -45,8 +43,13 @@ def recorded(page: Path, is_quick: bool, plan_of: Callable[[Piece], Plan]) -> li
     if record["is_quick"] != is_quick:
         held = "quick" if record["is_quick"] else "full"
         raise BadInput(f"--write must be another page: {shown(path)} beside it is the record of a {held} study.")
+    return current(record["pieces"], plan_of)
+
+
+def current(rows: Sequence[Row], plan_of: Callable[[Piece], Plan]) -> list[Row]:
+    """Without pieces of another task than this version's; one that was searched for by another plan `is_earlier`."""
     found = []
-    for row in record["pieces"]:
+    for row in rows:
         if row["name"] in PIECES:
             own, plan = Plan.from_row(row["plan"]), plan_of(PIECES[row["name"]])
             own = replace(own, base=replace(own.base, path=plan.base.path), taken=plan.taken)
@@ -61,9 +64,9 @@ def write_record(page: Path, results: Mapping[str, Any]) -> None:
 
 
 def merged(planned: Sequence[str], *sources: Sequence[Row]) -> list[Row]:
-    """A row for each piece that is there, from the first source that has it, in the order of the plan."""
+    """A row for each piece that is there, in the order of the plan: from the first source that has it by this version's
+    plan, or else by an earlier one."""
     found: dict[str, Row] = {}
-    for source in sources:
-        for row in source:
-            found.setdefault(row["name"], row)
+    for row in sorted((row for source in sources for row in source), key=lambda row: row["is_earlier"]):
+        found.setdefault(row["name"], row)
     return [found[name] for name in planned if name in found]

@@ -32,7 +32,7 @@ from gradreg.studies.images.controls import control_name, controls, line
 from gradreg.studies.images.flatness import MEASURES, Kept, measure
 from gradreg.studies.images.page import page, told
 from gradreg.studies.images.pieces import PIECES, QUICK, Piece
-from gradreg.studies.images.record import merged, place_of, recorded, write_record
+from gradreg.studies.images.record import current, merged, place_of, recorded, write_record
 from gradreg.studies.images.summary import piece_row, taken_from
 
 KIND = "images"
@@ -190,7 +190,7 @@ def _rows(plan: Plan, folder: Path) -> list[Row]:
             continue
         measured = kept_lines(folder / name / FLATNESS) if PIECES[name].measures_flatness else []
         rows.append(piece_row(PIECES[name], found, measured, kept_lines(folder / name / CONTROLS)))
-    return rows
+    return current(rows, plan.of)
 
 
 def _gather(plan: Plan, folder: Path, write: Path | None) -> Row:
