@@ -344,7 +344,7 @@ def test_what_was_searched_for_otherwise_stays_apart(clothes, monkeypatch):
     text = (clothes / "images.md").read_text(encoding="utf-8")
     assert "1 of 2 pieces are here by the plan of this version; not yet played: resnet-14-noisy" in text
     assert "**Read this first.** resnet-14-noisy † were played by an earlier plan" in text
-    assert "Of 1 readings of the claims" in text
+    assert "Of 1 reading of the claims 0 hold, 0 fail and 1 is undecided." in text
     assert "### resnet-14-noisy †" in text
     assert main([*words, "resnet-14-noisy", "--out", "c"]) == 0
     assert "†" not in (clothes / "images.md").read_text(encoding="utf-8")
@@ -558,7 +558,7 @@ def test_claims_that_do_not_hold_are_named():
 
     pieces = [{"name": "resnet", "claims": [claim("b1", "holds"), claim("b2", "does not hold here")]}]
     said = judged({"pieces": pieces})
-    assert "1 hold, 1 fail and 0 are undecided" in said
+    assert "1 holds, 1 fails and 0 are undecided" in said
     assert "**Does not hold here:** b2 on resnet (F-GR − B-GR −0.4 (−0.7 to −0.1))" in said
     assert "Does not hold" not in judged({"pieces": [{"name": "resnet", "claims": [claim("b1", "holds")]}]})
 

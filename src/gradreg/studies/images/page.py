@@ -193,14 +193,15 @@ def page(results: Row, record: str = "") -> Page:
 def judged(results: Row) -> str:
     """How many claims came out which way, and by name those that do not hold."""
     found = [(claim, piece) for piece in results["pieces"] if not _is_earlier(piece) for claim in piece["claims"]]
-    count = {v: sum(claim["verdict"] == v for claim, _ in found) for v in (HOLDS, FAILS, UNDECIDED)}
-    counted = f"{count[HOLDS]} hold, {count[FAILS]} fail and {count[UNDECIDED]} are undecided"
+    words = {HOLDS: ("holds", "hold"), FAILS: ("fails", "fail"), UNDECIDED: ("is undecided", "are undecided")}
+    count = {verdict: sum(claim["verdict"] == verdict for claim, _ in found) for verdict in words}
+    counted = listed([f"{count[verdict]} {words[verdict][count[verdict] != 1]}" for verdict in words])
     failed = [
         f"{claim['key']} on {piece['name']} ({claim['first']} − {claim['second']} {points(claim['difference'])})"
         for claim, piece in found
         if claim["verdict"] == FAILS
     ]
-    said = f"Of {len(found)} readings of the claims {counted}."
+    said = f"Of {len(found)} reading{plural(len(found))} of the claims {counted}."
     return said + (f" **Does not hold here:** {plain(listed(failed))}." if failed else "")
 
 
