@@ -302,6 +302,22 @@ def test_a_piece_takes_the_settings_of_another(clothes, monkeypatch, capsys):
     assert [arm["scores"] for arm in again] == [arm["scores"] for arm in second["arms"]]
 
 
+def test_settings_of_an_earlier_plan_are_not_taken(clothes, monkeypatch, capsys):
+    larger = replace(run.PIECES["resnet-14-noisy"], name="resnet-28-noisy", settings_of="resnet-14-noisy")
+    monkeypatch.setitem(run.PIECES, larger.name, larger)
+    monkeypatch.setattr(run, "QUICK", ("resnet-14-noisy", larger.name))
+    words = ["images", "--quick", "--path", "clothes", "--workers", "1", "--write", "images.md", "--only"]
+    assert main([*words, "resnet-14-noisy", "--out", "a"]) == 0
+    quick = Piece.quick_plan
+    monkeypatch.setattr(Piece, "quick_plan", lambda piece, *args: replace(quick(piece, *args), is_thorough=False))
+    for where in (["--out", "b"], ["--resume", "a"]):
+        line = [*words, larger.name, *where] if where[0] == "--out" else ["images", *where, "--only", larger.name]
+        assert main(line) == 2
+        assert "by the plan of this version: play that first" in capsys.readouterr().err
+    assert not (clothes / "b").exists()
+    assert not (clothes / "a" / larger.name).exists()
+
+
 def test_a_piece_searches_only_for_the_arms_that_another_lacks(clothes, monkeypatch, capsys):
     more = replace(run.PIECES["resnet-14-noisy"], name="resnet-14-modes", methods=("F-GR", "MSAM"))
     more = replace(more, settings_of="resnet-14-noisy", measures_flatness=False)

@@ -118,11 +118,12 @@ def _taken(plan: Plan, piece: Piece, study: Path | None, write: Path | None) -> 
     if not piece.settings_of:
         return {}
     rows = merged([piece.settings_of], _rows(plan, study) if study else [], plan.recorded(write))
-    if not rows:
+    if not rows or rows[0]["is_earlier"]:
         inside = f"in {shown(study)}" if study else "of this study"
         beside = "beside a page of --write" if write is None else f"in {shown(place_of(write))}"
         raise Hopeless(
-            f"{piece.name} takes its settings from {piece.settings_of}, which is neither {inside} nor {beside}: "
+            f"{piece.name} takes its settings from {piece.settings_of}, which is neither {inside} nor {beside}, by the "
+            f"plan of this version: "
             f"play that first, with --only {piece.settings_of}."
         )
     return taken_from(rows[0])
