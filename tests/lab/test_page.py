@@ -150,6 +150,18 @@ def test_where_a_table_is_too_wide_headings_are_in_lines_then_intervals_below_th
     assert printed.count("0.031, 0.055") == columns
 
 
+def test_a_table_that_fits_in_no_way_is_printed_in_parts_each_with_its_first_column(capsys):
+    headings = ("arm", *[f"measure{k}" for k in range(17)])
+    rows = [(name, *[f"{k}.{k}" for k in range(17)]) for name in ("SGD", "SGD, twice as long")]
+    with tables_fit():
+        Table("All", headings, rows).print(console())
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    assert [line.split()[0] for line in lines if line.strip()] == ["All", *["arm", "SGD", "SGD,"] * 4]
+    said = " ".join(lines).split()
+    assert all(said.count(heading) == 1 and said.count(cell) == 2 for heading, cell in zip(headings[1:], rows[0][1:]))
+
+
 def test_a_page_is_published_with_its_figures_and_may_write_over_its_own_alone(tmp_path):
     made, target = everything("name"), tmp_path / "docs" / "study.md"
     (tmp_path / "plain").mkdir()

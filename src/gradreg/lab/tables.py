@@ -52,11 +52,21 @@ class Table:
         return column == 0 or any(not _NUMBER.match(row[column]) for row in self.rows)
 
     def print(self, out: Console) -> None:
-        """The first of these that fits: as it is, headings in lines, intervals below their number, columns close."""
+        """The first of these that fits: as it is, headings in lines, intervals below their number, columns close; else
+        half of the columns, and then the others."""
         stacked = self._stacked()._in_lines()
         layouts = [(self, 2), (self._in_lines(), 2), (stacked, 2), (stacked, 1)]
         table, gap = next((of for of in layouts if of[0]._width(of[1]) <= out.width), layouts[-1])
-        out.print(table._drawn(gap))
+        if table._width(gap) <= out.width or len(self.headings) < 3:
+            out.print(table._drawn(gap))
+            return
+        middle = (len(self.headings) + 1) // 2
+        self._of(range(middle), self.title).print(out)
+        out.print()
+        self._of([0, *range(middle, len(self.headings))], "").print(out)
+
+    def _of(self, columns: Sequence[int], title: str) -> Table:
+        return Table(title, [self.headings[k] for k in columns], [[row[k] for k in columns] for row in self.rows])
 
     def _columns(self) -> Iterator[tuple[str, list[str], bool]]:
         for k, heading in enumerate(self.headings):
