@@ -80,7 +80,7 @@ class Piece:
         if not self.settings_of:
             return plan
         plan = replace(plan, taken={a.name: taken[a.name] for a in plan.arms if a.name in taken} if taken else {})
-        if not set(self.methods) <= set(PIECES[self.settings_of].methods):
+        if self.base == PIECES[self.settings_of].base:
             return plan
         tests = Effort(trials=3, seeds=plan.effort.seeds, search_seeds=1, finalists=0, final_seeds=0)
         return replace(plan, effort=tests, tries_rates=True)

@@ -152,7 +152,7 @@ def _controls(plan: ComparisonPlan, folder: Path) -> list[Job]:
     jobs = controls(plan.base, read_results(folder / "results.json")["arms"], plan.seeds)
     if not plan.keeps_models:
         return jobs
-    places = [folder / MODELS / file_name(control_name(vars(job.config)), job.config.seed) for job in jobs]
+    places = [folder / MODELS / file_name(control_name(line(job, None)), job.config.seed) for job in jobs]
     return [replace(job, weights=place) for job, place in zip(jobs, places)]
 
 
@@ -166,7 +166,7 @@ def _measure(plan: ComparisonPlan, folder: Path, workers: int) -> None:
         for arm in plan.arms
     ]
     plainly = _controls(plan, folder)
-    models += [(control_name(vars(job.config)), Kept(job.config, job.weights)) for job in plainly if job.weights]
+    models += [(control_name(line(job, None)), Kept(job.config, job.weights)) for job in plainly if job.weights]
     todo = [(name, kept) for name, kept in models if (name, kept.config.seed) not in done and kept.weights.exists()]
     with progress_bar() as progress, closing(on_processes(measure, [kept for _, kept in todo], workers)) as found:
         for count, (k, row) in enumerate(found, 1):
