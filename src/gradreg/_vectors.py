@@ -249,6 +249,11 @@ def read(x: Tensor) -> Scalar:
     return x.item() if is_readable(x) else x
 
 
+def scalar_like(like: Tensor, x: Scalar) -> Tensor:
+    """x in the kind of another; of a number by a fill, since a copy from the host waits, and no graph can hold it."""
+    return x.to(like.device, like.dtype) if isinstance(x, Tensor) else like.new_full((), x)
+
+
 def by_kind(tensors: Vectors) -> list[list[Tensor]]:
     """In groups of one dtype and device, which one operation can serve."""
     groups: dict[Any, list[Tensor]] = {}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 import gradreg
 from gradreg.lab.cost.steps import count_operations
@@ -117,3 +118,16 @@ def test_work_in_hooks_is_counted():
     for p in setting.model.parameters():
         p.register_hook(lambda g: g.lerp(g, 0.5))
     assert count_operations(setting.passes(2)) == plain + 2 * 6
+
+
+@pytest.mark.parametrize(("method", "door"), SERVED)
+def test_no_number_is_copied_to_an_accelerator(method, door, masked):
+    """A tensor made of a number on the host is a copy, which waits for the device and which no CUDA graph can hold."""
+    setting = Setting(3)
+    step = DOORS[door](setting, METHODS[method][0](setting.model))
+    step(), step()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        step()
+    names = {event.name for event in profiled.events() or ()}
+    assert "aten::addmm" in names
+    assert "aten::lift_fresh" not in names

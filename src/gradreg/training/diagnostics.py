@@ -70,7 +70,7 @@ class Diagnostics:
     ) -> None:
         square, product, length = vectors.total([vectors.products(a, d) for a, d in zip(applied, direction)])
         size, length = square.sqrt(), length.sqrt()
-        step = torch.as_tensor(step, dtype=length.dtype, device=length.device)
+        step = vectors.scalar_like(length, step)
         cosine = product * vectors.safe_reciprocal(size * length) * step.sign()
         self._realized = Realized(cosine, size * vectors.safe_reciprocal(step.abs() * length))
         self._low_precision = low_precision

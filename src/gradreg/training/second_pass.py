@@ -70,7 +70,7 @@ class Mover:
         step = radius * length
         if isinstance(norm, Tensor):
             usable = (norm > 0) & (norm < torch.inf)
-            step = torch.where(usable, torch.as_tensor(step, dtype=norm.dtype, device=norm.device), 0.0)
+            step = torch.where(usable, vectors.scalar_like(norm, step), 0.0)
         elif norm is not None and not vectors.has_direction(norm):
             step = 0.0
         self._displacement.open(moving, step, direction, self._is_base)

@@ -38,7 +38,6 @@ class StackedRuns:
         assert all(isinstance(part, Part) for part in parts)
         self._jobs = jobs
         self._task = tasks[0]
-        self._model: nn.Module = models[0].to(device)
         self._x = parts[0].x.to(device)
         self._y = torch.stack([part.y for part in parts]).to(device)
         self._batch_size = configs[0].batch_size
@@ -46,6 +45,7 @@ class StackedRuns:
         self._steps_per_epoch = len(self._x) // self._batch_size
         self.num_steps = self._epochs * self._steps_per_epoch
         self.weights = torch.stack([parameters_to_vector(model.parameters()).detach() for model in models]).to(device)
+        self._model: nn.Module = models[0].to(device)  # which moves its own weights, so not before
         self._stack = stack(self._model)
         rules = [rule_of(job.config, self.num_steps, job.carries) for job in jobs]
         self._regularizer = StackedRegularizer(self._stack, rules, self.weights, self.num_steps)
