@@ -322,7 +322,7 @@ def test_settings_of_an_earlier_plan_are_not_taken(clothes, monkeypatch, capsys)
 
 
 def test_a_piece_searches_only_for_the_arms_that_another_lacks(clothes, monkeypatch, capsys):
-    more = replace(run.PIECES["resnet-14-noisy"], name="resnet-14-modes", methods=("F-GR", "MSAM"))
+    more = replace(run.PIECES["resnet-14-noisy"], name="resnet-14-scale", methods=("F-GR", "MSAM"))
     more = replace(more, settings_of="resnet-14-noisy", measures_flatness=False)
     monkeypatch.setitem(run.PIECES, more.name, more)
     monkeypatch.setattr(run, "QUICK", ("resnet-14-noisy", more.name))
@@ -462,7 +462,7 @@ def test_what_was_measured_is_not_measured_again(clothes, monkeypatch):
     assert len((clothes / "a" / "resnet-14-noisy" / run.FLATNESS).read_text(encoding="utf-8").splitlines()) == 4
 
 
-def test_the_models_of_a_piece_of_modes_are_not_kept_and_not_measured(clothes, monkeypatch):
+def test_models_are_kept_where_flatness_is_measured():
     for piece in PIECES.values():
         assert piece.plan().keeps_models == piece.measures_flatness
     assert {name for name, piece in PIECES.items() if not piece.measures_flatness} == {
@@ -470,6 +470,9 @@ def test_the_models_of_a_piece_of_modes_are_not_kept_and_not_measured(clothes, m
         "resnet-14-scale",
         "vit-28-modes",
     }
+
+
+def test_the_models_of_a_piece_of_modes_are_not_kept_and_not_measured(clothes, monkeypatch):
     name = "resnet-14-noisy"
     monkeypatch.setitem(run.PIECES, name, replace(run.PIECES[name], measures_flatness=False))
     monkeypatch.setattr(run, "measure", None)
