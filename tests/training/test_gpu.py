@@ -76,14 +76,18 @@ def test_a_step_does_not_wait_for_the_device(name, door):
         value.backward()
         return value
 
+    def step():
+        if door == "closure":
+            optimizer.step(closure)
+        else:
+            optimizer.zero_grad()
+            regularizer.backward(loss)
+            optimizer.step()
+
+    step()  # which checks the replay by its values, and so waits
     with no_waiting():
         for _ in range(3):
-            if door == "closure":
-                optimizer.step(closure)
-            else:
-                optimizer.zero_grad()
-                regularizer.backward(loss)
-                optimizer.step()
+            step()
 
 
 def test_a_step_can_be_captured_in_a_graph():
