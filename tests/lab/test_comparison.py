@@ -157,6 +157,31 @@ def test_the_baseline_is_tried_where_the_others_have_gone(favors, search_epochs,
     assert any("SGD was tried there too" in note for note in notes(found.results))
 
 
+@pytest.mark.parametrize("favors", [True, False])
+def test_the_others_are_tried_where_the_baseline_has_ended(favors, recorded):
+    """One arm draws plain training over a dip; what holds a weight decay stays, what is free comes after."""
+
+    def train(run):
+        runs.append(run)
+        free = run.method == "SAM" and not favors
+        found = (-9.0 if free else 1.0) * (run.weight_decay == 0.5) - (run.weight_decay not in (0.0, 0.5))
+        found -= run.learning_rate + abs(math.log10((run.config.rho or 0.05) / 0.05))
+        return {"validation": found, "test": found}
+
+    runs = []
+    words = {"trials": 3, "seeds": 2, "workers": 1, "opponent": False}
+    found = compare(recorded(train), ["F-GR:weight_decay=0.5", "SAM", "F-GR:weight_decay=0.0"], **words)
+    plain, _, sam, still = found.rows
+    assert (plain["weight_decay"], still["weight_decay"]) == (0.5, 0.0)
+    assert (sam["weight_decay"], sam["settings"]) == (0.5 if favors else 0.0, {"rho": 0.05})
+    there = [r for r in runs if r.method == "SAM" and r.weight_decay == 0.5 and r.scored_on == "validation"]
+    plainly = [r for r in runs if r.method == "SGD" and r.weight_decay == 0.5 and r.scored_on == "validation"]
+    assert {r.seed for r in there} == {r.seed for r in plainly}  # no luck of a single seed
+    assert {r.config.rho for r in there} == {0.05}
+    assert len({r.seed for r in runs if r.method == "SAM" and r.scored_on == "test"}) == 2
+    assert any("and the arm where SGD ended" in note for note in notes(found.results))
+
+
 def test_a_dip_beside_the_start_does_not_end_the_baseline_s_search(recorded):
     """Three times the weight decay is worse, and nine times is best: a climb alone would stay."""
 
@@ -215,7 +240,7 @@ def test_arms_that_another_comparison_tuned_are_not_searched_for(favors, recorde
 
 
 def test_settings_of_another_task_are_tried_at_three_learning_rates(recorded, monkeypatch):
-    """And plain training where the others end."""
+    """And plain training where the others end, these where it ends."""
     point = {"learning_rate": 0.3, "weight_decay": 0.1}
     known = {BASELINE: Taken(point, 0.25), "SAM": Taken({**point, "weight_decay": 0.2, "rho": 0.05}, 0.5)}
     planned = api._plan
@@ -229,13 +254,16 @@ def test_settings_of_another_task_are_tried_at_three_learning_rates(recorded, mo
     runs = []
     found = compare(recorded(train), ["SAM"], trials=3, seeds=2, workers=1, opponent=False)
     plain, sam = found.rows
-    assert {r.learning_rate for r in of(runs, method="SAM")} == {0.1, 0.3, 0.9}
+    assert {(r.learning_rate, r.weight_decay) for r in of(runs, method="SAM")} == {
+        *((rate, 0.2) for rate in (0.1, 0.3, 0.9)),
+        (0.1, 0.1),
+    }
     assert {(r.learning_rate, r.weight_decay) for r in of(runs, method="SGD")} == {
         *((rate, 0.1) for rate in (0.1, 0.3, 0.9)),
         (0.9, 0.2),
     }
     assert (plain["learning_rate"], plain["weight_decay"], plain["tried"]) == (0.1, 0.1, 4)
-    assert (sam["learning_rate"], sam["settings"], sam["tried"]) == (0.9, {"rho": 0.05}, 3)
+    assert (sam["learning_rate"], sam["settings"], sam["tried"]) == (0.9, {"rho": 0.05}, 4)
     assert sam["validation"] == pytest.approx(-0.2)  # of here
     assert "a third or three times it" in " ".join(notes(found.results))
     assert "In another comparison, but for the learning rate." in markdown(report.page(found.results))
@@ -322,7 +350,7 @@ def test_short_runs_search_and_long_ones_choose(recorded):
     lengths = Counter((r.epochs, r.scored_on) for r in trained.runs if r.method == "SGD")
     assert lengths.pop((5, "validation")) >= 2 * 9  # its search goes on while it finds better
     assert lengths == {(20, "validation"): 6, (20, "test"): 3, (10, "validation"): 18} | {
-        (40, "validation"): 6,
+        (40, "validation"): 6 + 2,  # also at the learning rate that plain training came to
         (40, "test"): 3,
     }
     plain = [r for r in trained.runs if r.method == "SGD" and r.epochs == 20]

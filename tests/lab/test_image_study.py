@@ -462,6 +462,23 @@ def test_what_was_measured_is_not_measured_again(clothes, monkeypatch):
     assert len((clothes / "a" / "resnet-14-noisy" / run.FLATNESS).read_text(encoding="utf-8").splitlines()) == 4
 
 
+def test_a_model_of_other_settings_is_measured_anew(clothes):
+    """The file of an arm's model has the same name whatever its settings; of two lines the later one counts."""
+    words = ["images", "--quick", "--path", "clothes", "--workers", "1", "--only", "resnet-14-noisy", "--out", "a"]
+    assert main(words) == 0
+    place = clothes / "a" / "resnet-14-noisy" / run.FLATNESS
+    true = kept_lines(place)
+    before = [{**row, "length": 99.0, "point": {**row["point"], "weight_decay": 0.7}} for row in true]
+    before = [row if row["arm"] == "F-GR" else old for row, old in zip(before, true)]
+    place.write_text("".join(f"{json.dumps(row)}\n" for row in before), encoding="utf-8")
+    assert main(["images", "--resume", "a", "--only", "resnet-14-noisy", "--workers", "1", "--write", "a.md"]) == 0
+    lines = kept_lines(place)
+    assert [row["arm"] for row in lines[len(true) :]] == ["F-GR"] * 2
+    (piece,) = read_record(clothes / "a.json")["pieces"]
+    lengths = {row["name"]: row["measures"]["length"]["mean"] for row in piece["flatness"]}
+    assert lengths["F-GR"] == pytest.approx(sum(row["length"] for row in true if row["arm"] == "F-GR") / 2)
+
+
 def test_models_are_kept_where_flatness_is_measured():
     for piece in PIECES.values():
         assert piece.plan().keeps_models == piece.measures_flatness

@@ -45,9 +45,9 @@ def compare(
 ) -> Comparison:
     """Compare methods with plain training on a task.
 
-    The baseline's learning rate and weight decay are tuned first, and tried again where the methods come to others;
-    each method has `trials` candidates, by validation rows; the choice of each is trained with `seeds` seeds and read
-    on test rows, once.
+    The baseline's learning rate and weight decay are tuned first, and tried again where the methods come to others,
+    as these are where it ends; each method has `trials` candidates, by validation rows; the choice of each is trained
+    with `seeds` seeds and read on test rows, once.
 
     Args:
         task: a `Task`, a function of a `Run` or a `Loop`, the name of a built-in task, or a file, `mine.py:task`.

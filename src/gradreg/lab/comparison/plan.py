@@ -2,9 +2,9 @@
 
 The baseline is tuned first: over a wide grid around the task's own numbers, and on for as long as a factor of three
 leads to better ones, within three times the candidates of another arm. Every other arm starts from its learning rate
-and weight decay; where one goes on to others, the baseline is tried there too, so that no method gains by what plain
-training could have had. All of that sees validation rows only, on seeds that the test never uses; the choice of each
-arm is then trained once more for each test seed, and read on test rows.
+and weight decay; where one goes on to others, the baseline is tried there too, and the other arms where that ends, so
+that nobody gains by a place that another did not see. All of that sees validation rows only, on seeds that the test
+never uses; the choice of each arm is then trained once more for each test seed, and read on test rows.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Plan:
     num_records: int = RECORDS
     """How often a test run records its training loss, which reads all training rows; 0 for its end only."""
     is_thorough: bool = True
-    """Whether the baseline's search goes on for as long as it finds better, and comes back to where the others went."""
+    """Whether the baseline's search goes on while it finds better, and it and the others are tried where each ended."""
     taken: Mapping[str, Taken] = field(default_factory=dict)
     """Of arms by their names: what another comparison chose, in the place of a search."""
     tries_rates: bool = False

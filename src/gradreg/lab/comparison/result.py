@@ -217,7 +217,8 @@ def _tuned(results: Mapping[str, Any], tried: str) -> str:
     if are_all and plan.get("tries_rates"):
         return (
             "Each arm has the settings that it came to in another comparison, at that learning rate, a third or three "
-            "times it, as validation rows say here; where one came to another than SGD, SGD was tried there too."
+            "times it, as validation rows say here; where one came to another than SGD, each was tried where the other "
+            "ended."
         )
     if are_all:
         return (
@@ -228,7 +229,7 @@ def _tuned(results: Mapping[str, Any], tried: str) -> str:
         return (
             f"{listed(known)} have the settings that they came to in another comparison. Each other arm was tuned "
             f"alike, by validation rows: at most {tried}, from SGD's learning rate and weight decay on; where one went "
-            "on to others, SGD was tried there too."
+            "on to others, SGD was tried there too, and the arm where SGD ended."
         )
     alike = f"Each arm was tuned alike, by validation rows: at most {tried}; SGD's learning rate and weight decay first"
     if not plan.get("is_thorough"):
@@ -236,5 +237,5 @@ def _tuned(results: Mapping[str, Any], tried: str) -> str:
     return (
         f"{alike}, over a wide grid and on for as long as a factor of three led to better ones, up to three times as "
         "many. From there the others start; where one went on to another learning rate or weight decay, SGD was tried "
-        "there too."
+        "there too, and the arm where SGD ended."
     )

@@ -66,8 +66,9 @@ def afforded(plan: Plan, seconds: float, workers: int) -> Afforded:
     passes = sum(PASSES.get(arm.name, PASSES.get(arm.method, 2.0)) * arm.epochs for arm in plan.arms)
 
     def needed(effort: Effort) -> float:
-        # The baseline's search goes on while it finds better, and comes back to where the others went.
-        more = 2 * effort.trials * effort.search_seeds + len(plan.arms) * (effort.search_seeds + effort.final_seeds)
+        # The baseline's search goes on while it finds better; then each arm is tried where another ended.
+        retried = effort.search_seeds + effort.final_seeds
+        more = 2 * effort.trials * effort.search_seeds + (len(plan.arms) + passes) * retried
         # The last runs leave workers idle, and test runs record their curves; workers take a while to start.
         return (effort.runs * passes + more) * of_a_run / workers * 1.3 + 8
 

@@ -57,7 +57,7 @@ class Progress:
 
 
 class ComparisonSchedule(Schedule):
-    """The baseline's search, then those of the other arms at once, then the test of what each has come to."""
+    """The baseline's search, those of the others at once, each where the other ended, the test of what each came to."""
 
     def __init__(self, plan: Plan, metric: Metric) -> None:
         super().__init__()
@@ -91,37 +91,50 @@ class ComparisonSchedule(Schedule):
                 found[arm.name] = self._progress(a, first.choice, board, results)
             others = [found[arm.name].choice for arm in self.arms[1:]]
             if self.plan.is_thorough and self.plan.searched and None not in others:
-                found[self.arms[0].name] = self._again(first, [point for point in others if point], results)
+                found |= self._again(found, results)
         return found
 
-    def _again(self, first: Progress, others: Sequence[Point], results: Mapping[str, Result]) -> Progress:
-        """The baseline where the others have come to, beside its own choice, on the seeds that this was chosen on.
+    def _again(self, found: Mapping[str, Progress], results: Mapping[str, Result]) -> dict[str, Progress]:
+        """The baseline where the others have come to; then these where it has."""
+        plain, *others = self.arms
+        points = [found[arm.name].choice or {} for arm in others]
+        first = self._retried(0, found[plain.name], points, results)
+        again = {plain.name: first}
+        if first.choice is not None:
+            for a, arm in enumerate(others, 1):
+                if arm in self.plan.searched:
+                    again[arm.name] = self._retried(a, found[arm.name], [first.choice], results)
+        return again
+
+    def _retried(self, a: int, found: Progress, others: Sequence[Point], results: Mapping[str, Result]) -> Progress:
+        """An arm's own choice beside the same at the learning rates and weight decays of others, on the same seeds.
 
         Also where its search has been and was not a finalist: it may have left too early.
         """
-        plan = self.plan
+        plan, own, center = self.plan, found.choice or {}, center_of(self.base)
         finals = plan.final_seeds if plan.effort.finalists else ()
         seeds = finals if plan.effort.search_epochs else (*plan.search_seeds, *finals)
-        tried = [point for point, _ in first.tried]
-        candidates = {first.name: first.choice or {}}
+        tried = [point for point, _ in found.tried]
+        candidates = {found.name: own}
+        free = [name for name in center if name not in self.arms[a].fixed]
         for other in others:
-            point = {name: other[name] for name in center_of(self.base)}
+            point = {**own, **{name: other[name] for name in free}}
             if point in tried:
-                candidates[f"0-{tried.index(point)}"] = point
+                candidates[f"{a}-{tried.index(point)}"] = point
             elif point not in candidates.values():
-                candidates[f"0-again-{len(candidates)}"] = point
+                candidates[f"{a}-again-{len(candidates)}"] = point
         if len(candidates) == 1:
-            return first
-        known = {entry.key for entry in first.entries}
-        asked = [entry_of(n, point, seed, VALIDATION, arm=0) for n, point in candidates.items() for seed in seeds]
-        entries = [*first.entries, *(entry for entry in asked if entry.key not in known)]
+            return found
+        known = {entry.key for entry in found.entries}
+        asked = [entry_of(n, point, seed, VALIDATION, arm=a) for n, point in candidates.items() for seed in seeds]
+        entries = [*found.entries, *(entry for entry in asked if entry.key not in known)]
         runs = {name: self._runs(name, seeds, results) for name in candidates}
         more = [(point, runs[name]) for name, point in candidates.items() if point not in tried]
-        means = {name: self._mean(found) for name, found in runs.items() if found is not None}
+        means = {name: self._mean(of_it) for name, of_it in runs.items() if of_it is not None}
         if len(means) < len(candidates):
-            return Progress(entries, None, [*first.tried, *more])
+            return Progress(entries, None, [*found.tried, *more])
         best = max(means, key=lambda name: means[name])  # its own choice among equals
-        return Progress(entries, candidates[best], [*first.tried, *more], best)
+        return Progress(entries, candidates[best], [*found.tried, *more], best)
 
     def _progress(self, a: int, center: Point, board: Board, results: Mapping[str, Result]) -> Progress:
         plan = self.plan
@@ -233,7 +246,8 @@ class ComparisonSchedule(Schedule):
         effort, total = self.plan.effort, 0
         for arm in self.arms:
             found = progress.get(arm.name)
-            total += effort.runs if found is None or found.choice is None else len(found.entries) + effort.seeds
+            entered = 0 if found is None else len(found.entries) + effort.seeds
+            total += entered if found and found.choice is not None else max(effort.runs, entered)
         return total
 
     def _mean(self, runs: Sequence[Result]) -> float:

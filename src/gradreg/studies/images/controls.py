@@ -1,8 +1,8 @@
 """Plain training at the learning rate and weight decay of the other arms.
 
-An arm starts its search where that of the baseline ended, and may move on: what it gains may be the method's, or that
-of a learning rate and a weight decay at which the baseline was not tried. Here it is, on the seeds of the test; its
-models too, since with a norm layer the weight decay alone sets the length of weights, and by it all derivatives.
+Validation rows may prefer for an arm another learning rate or weight decay than for the baseline: what it gains may be
+the method's, or theirs. Here the baseline has them, on the seeds of the test; its models
+are kept too, since with a norm layer the weight decay alone sets the length of weights, and by it all derivatives.
 """
 
 from __future__ import annotations

@@ -279,8 +279,8 @@ EARLIER = (
     "both can still be told apart."
 )
 CONTROLS = (
-    "Each arm starts its search where that of SGD ended, and may move on to a learning rate or a weight decay at which "
-    "SGD was not tried. Where one did, this is SGD there, on the same test seeds: what is left in the last column is "
+    "Where validation rows preferred for an arm another learning rate or weight decay than for SGD, although each was "
+    "tried at the other's. This is SGD there, on the same test seeds: what is left in the last column is "
     "the method's own. A difference without an interval is one of means."
 )
 KEPT = (
@@ -295,8 +295,8 @@ INTRODUCTION = (
     "Fashion-MNIST, real images of clothes; a ResNet of 10 layers with BatchNorm by SGD, and a small vision "
     "transformer by AdamW. SGD stands for plain training. Every arm was tuned on validation rows, learning rate "
     "and weight decay of SGD first and longest, and read once on the 10,000 test rows; the ResNet at 28×28 pixels with "
-    "the settings of 14×14, each arm at the best of three learning rates, and plain training, whose search takes finer "
-    "steps, also between them: there it has had the better chance."
+    "the settings of 14×14, each arm at the best of three learning rates. Where an arm and SGD came to different "
+    "learning rates or weight decays, each was tried at the other's."
 )
 AFTERWORD: tuple[Block, ...] = (
     Heading("What we would not believe ourselves"),

@@ -19,7 +19,6 @@ from gradreg.lab.comparison import run as comparison
 from gradreg.lab.comparison.plan import Plan as ComparisonPlan
 from gradreg.lab.comparison.plan import Taken
 from gradreg.lab.comparison.schedule import file_name, weights_name
-from gradreg.lab.config import RunConfig
 from gradreg.lab.folder import Hopeless, append_line, shown, write_json
 from gradreg.lab.page import publish, tell, write_page
 from gradreg.lab.player import on_processes, run_all
@@ -28,7 +27,7 @@ from gradreg.lab.records import kept_lines, read_results, sealed
 from gradreg.lab.runs import Job
 from gradreg.lab.study.storage import Place
 from gradreg.lab.study.workers import MODELS
-from gradreg.studies.images.controls import control_name, controls, line
+from gradreg.studies.images.controls import RATES, control_name, controls, line
 from gradreg.studies.images.flatness import MEASURES, Kept, measure
 from gradreg.studies.images.page import page, told
 from gradreg.studies.images.pieces import PIECES, QUICK, Piece
@@ -157,28 +156,40 @@ def _controls(plan: ComparisonPlan, folder: Path) -> list[Job]:
 
 
 def _measure(plan: ComparisonPlan, folder: Path, workers: int) -> None:
-    """Of the models that are not measured yet, or not in all, each a line as it is there."""
-    done = {(row["arm"], row["seed"]) for row in kept_lines(folder / FLATNESS) if {*MEASURES} <= {*row}}
-    chosen = {row["name"]: row for row in read_results(folder / "results.json")["arms"]}
+    """Of the models that are not measured yet, or not in all, each a line as it is there.
+
+    A model of other settings is another one, although its file has the same name; of two lines the later one counts.
+    """
+    known = [line for line in kept_lines(folder / FLATNESS) if {*MEASURES} <= {*line}]
+    points = {row["name"]: _point(row) for row in read_results(folder / "results.json")["arms"]}
     models = [
-        (arm.name, Kept(_config(plan, arm, chosen, seed), folder / MODELS / weights_name(arm, seed)))
+        (
+            arm.name,
+            points[arm.name],
+            arm.config(plan.base, points[arm.name], seed),
+            folder / MODELS / weights_name(arm, seed),
+        )
         for seed in plan.seeds
         for arm in plan.arms
     ]
-    plainly = _controls(plan, folder)
-    models += [(control_name(line(job, None)), Kept(job.config, job.weights)) for job in plainly if job.weights]
-    todo = [(name, kept) for name, kept in models if (name, kept.config.seed) not in done and kept.weights.exists()]
+    for job in _controls(plan, folder):
+        if job.weights:
+            point = {name: getattr(job.config, name) for name in RATES}
+            models.append((control_name(point), point, job.config, job.weights))
+    named = [
+        ({"arm": name, "seed": config.seed, "point": point}, Kept(config, weights))
+        for name, point, config, weights in models
+        if weights.exists()
+    ]
+    todo = [(row, kept) for row, kept in named if not any({**line, **row} == line for line in known)]
     with progress_bar() as progress, closing(on_processes(measure, [kept for _, kept in todo], workers)) as found:
         for count, (k, row) in enumerate(found, 1):
-            name, kept = todo[k]
-            append_line(folder / FLATNESS, sealed({"arm": name, "seed": kept.config.seed, **row}))
+            append_line(folder / FLATNESS, sealed({**todo[k][0], **row}))
             progress("what flatness buys", count, len(todo))
 
 
-def _config(plan: ComparisonPlan, arm: Any, chosen: dict[str, Row], seed: int) -> RunConfig:
-    row = chosen[arm.name]
-    point = {name: row[name] for name in ("learning_rate", "weight_decay")} | row["settings"]
-    return arm.config(plan.base, point, seed)
+def _point(row: Row) -> Row:
+    return {name: row[name] for name in RATES} | row["settings"]
 
 
 def _rows(plan: Plan, folder: Path) -> list[Row]:
