@@ -70,6 +70,48 @@ def test_add_scaled_takes_sparse_directions(other):
     torch.testing.assert_close(out[0], torch.tensor([[3.0], [1.0], [2.0], [1.0]]))
 
 
+@pytest.mark.parametrize("most", [1, 40, 2**22])
+@pytest.mark.parametrize("step", [0.5, 0.0])
+@pytest.mark.parametrize("bad", [1.0, torch.nan, torch.inf])
+def test_groups_move_as_each_tensor_would(most, step, bad, monkeypatch):
+    """Of mixed kinds and strides, whatever a group holds; in place and not."""
+    monkeypatch.setattr(vectors, "MANY", most)
+    torch.manual_seed(0)
+    shapes = [(3, 4), (), (2, 3, 3, 3), (0,), (5,), (2, 3, 3, 3), (4, 3), (7,)]
+    xs = [torch.randn(shape, dtype=torch.float64 if k == 4 else torch.float32) for k, shape in enumerate(shapes)]
+    ys = [torch.randn_like(x) for x in xs]
+    for k in (2, 5):
+        xs[k] = xs[k].to(memory_format=torch.channels_last)
+    xs[6], ys[7] = xs[6].t().contiguous().t(), torch.stack([ys[7], ys[7]], 1)[:, 0]
+    xs[0][0, 0], ys[0][0, 0], ys[5][1, 2, 0, 1], ys[7][3] = -0.0, bad, bad, bad
+    expected = [x + step * y if step else x.clone() for x, y in zip(xs, ys)]
+    for out in ([torch.empty_like(x) for x in xs], xs):
+        vectors._add_masked(xs, torch.tensor(step), ys, out)
+        for o, want in zip(out, expected):
+            torch.testing.assert_close(o, want, equal_nan=True)
+            assert step or torch.equal(o.signbit(), want.signbit())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_a_move_launches_does_not_grow_with_the_tensors(layout, monkeypatch):
+    """And all that it hands over is contiguous: else a foreach goes tensor by tensor."""
+
+    def flat(tensors):
+        assert all(t.is_contiguous() for t in tensors)
+        return made(tensors)
+
+    def launches(count):
+        xs, ys = ([torch.ones(4, 2, 3, 3).to(memory_format=layout) for _ in range(count)] for _ in range(2))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            vectors._add_masked(xs, torch.tensor(0.5), ys, xs)
+        views = ("view", "permute", "unflatten")
+        return sum(not any(word in e.name for word in views) for e in profile.events() if e.cpu_parent is None)
+
+    made = vectors.flat
+    monkeypatch.setattr(vectors, "flat", flat)
+    assert launches(40) == launches(10) > 0
+
+
 @pytest.mark.parametrize(("x", "expected"), [(0.0, 0.0), (2.0, 0.5), (-4.0, -0.25)])
 def test_the_reciprocal_of_zero_is_zero(x, expected):
     assert vectors.safe_reciprocal(torch.tensor(x)).item() == expected

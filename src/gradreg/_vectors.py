@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -79,6 +79,8 @@ def any_sharded(tensors: Iterable[Tensor]) -> bool:
 _ONE = torch.ones(())
 FEW = 2**18
 """Numbers up to which a list is copied into one vector: calls cost more than memory there."""
+MANY = 2**22
+"""The same on an accelerator, where a call is a launch: a copy of 16 MiB in float32."""
 
 
 def are_few(tensors: Vectors) -> bool:
@@ -362,17 +364,48 @@ def moved(xs: Vectors, step: Scalar, ys: Vectors) -> list[Tensor]:
 
 
 def _add_masked(xs: Vectors, step: Tensor, ys: Vectors, out: Vectors) -> None:
-    if are_few(xs) and _are_alike([*xs, *ys]):
-        move = flat(ys) * step.to(ys[0].device, ys[0].dtype, non_blocking=True)
-        move = torch.where(step.to(move.device) != 0, move, -0.0)  # x − 0 is x in every bit, also where x is −0
-        if out is not xs:
-            copy_(out, xs)
-        torch._foreach_add_(list(out), list(parts(move, xs)))  # pyright: ignore[reportPrivateImportUsage]
-        return
-    for x, y, o in zip(xs, ys, out):
-        on_device = step.to(x.device, non_blocking=True)
-        moved = torch.addcmul(x, y.to_dense() if y.is_sparse else y, on_device.to(x.dtype))
-        torch.where(on_device != 0, moved, x, out=o)
+    """Group by group: what a small tensor costs on an accelerator is the launch."""
+    for group in _groups(zip(xs, ys, out)):
+        x, y, o = map(list, zip(*group))
+        on_device = step.to(x[0].device, x[0].dtype, non_blocking=True)
+        is_moved = on_device != 0
+        if len(x) > 1:
+            move = torch.where(is_moved, flat(y) * on_device, -0.0)  # x − 0 is x in every bit, also where x is −0
+            if out is not xs:
+                copy_(o, x)
+            torch._foreach_add_(o, list(parts(move, x)))  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            moved = torch.addcmul(x[0], y[0].to_dense(), on_device)
+            torch.where(is_moved, moved, x[0], out=o[0])
+
+
+def _groups(triples: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    """Those of one kind that a vector of at most `MANY` numbers holds together; what has none, or is larger, alone."""
+    groups: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    numbers: dict[Any, int] = {}
+    for triple in triples:
+        x, y, out = triple
+        if not (_are_alike([x, y]) and _are_alike([y])):
+            yield [triple]
+            continue
+        kind = _KIND(x)
+        if numbers.get(kind, 0) + x.numel() > MANY:
+            yield from filter(None, [groups.pop(kind, [])])
+            numbers[kind] = 0
+        if _is_channels_last(x):
+            triple = _as_stored(x), _as_stored(y), _as_stored(out)
+        groups.setdefault(kind, []).append(triple)
+        numbers[kind] = numbers.get(kind, 0) + x.numel()
+    yield from groups.values()
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    return t.dim() == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+
+
+def _as_stored(t: Tensor) -> Tensor:
+    """A view that is contiguous where the tensor is channels last: one operation serves many such alone."""
+    return t.permute(0, 2, 3, 1)
 
 
 def square_and_distance(xs: Vectors, ys: Vectors) -> tuple[Tensor, Tensor]:
