@@ -178,9 +178,16 @@ def test_a_page_is_published_with_its_figures_and_may_write_over_its_own_alone(t
 
 
 def test_the_terminal_is_told_the_same_and_where_the_page_is(tmp_path, capsys):
-    tell(["One\ntwo.", Items(["three"]), Table("Four", ("a", "b"), [("c", "1")])], {"seconds": 5.2}, tmp_path)
+    blocks = [
+        "One\ntwo.",
+        Items(["three"]),
+        Heading("Seven"),
+        Code("five\n  six", "bash"),
+        Table("Four", ("a", "b"), [("c", "1")]),
+    ]
+    tell(blocks, {"seconds": 5.2}, tmp_path)
     said = capsys.readouterr().out.replace("\n", " ")
-    assert said.startswith("One two.  - three  Four")
+    assert said.startswith("One two.  - three  Seven  five   six  Four")
     assert str(tmp_path / "report.html") in said
     assert "5 s. Page" in said
     tell([], {"training_seconds": 7.2}, tmp_path)

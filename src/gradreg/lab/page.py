@@ -116,10 +116,16 @@ def tell(blocks: Sequence[Block], results: Mapping[str, Any], folder: Path) -> N
         if isinstance(block, Table):
             block.print(out)
         else:
-            say(out, *(f"- {text}" for text in block.texts) if isinstance(block, Items) else str(block).split("\n"))
+            say(out, *_lines(block))
         say(out, "")
     seconds, of_what = _time(results)
     say(out, f"{seconds:.0f} s{of_what}. Page: {folder / 'report.html'}; figures and data beside it.")
+
+
+def _lines(block: Block) -> list[str]:
+    if isinstance(block, Items):
+        return [f"- {text}" for text in block.texts]
+    return (block.text if isinstance(block, Code | Heading) else str(block)).split("\n")
 
 
 def check_page(path: Path, made_by: str) -> None:

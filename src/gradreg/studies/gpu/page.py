@@ -110,7 +110,7 @@ def _steps(name: str, result: Row) -> list[Block]:
         cells = [model["methods"][k] for model in models]
         rows.append([first_row["name"], *(ranged(c["time"], 2, "", BRACKETS) if c["time"] else "–" for c in cells)])
     refused = [
-        f"{plain(row['name'])} with {plain(model['name'])}: {plain(row['refused'])}."
+        f"{plain(row['name'])} with {plain(model['name'])}: {plain(row['refused']).rstrip('.')}."
         for model in models
         for row in model["methods"]
         if row["refused"]
