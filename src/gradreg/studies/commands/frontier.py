@@ -93,7 +93,7 @@ def _real_tasks(folder: Path) -> list[dict[str, Any]]:
 
     found = real_tasks(_results("--images", "images", folder))
     if not found:
-        names = ", ".join(name for name, piece in PIECES.items() if piece.methods == MODES)
+        names = ", ".join(name for name, piece in PIECES.items() if {*MODES} <= {*piece.methods})
         raise BadInput(
             f"--images must hold a piece with all modes ({names}) in which F-GR is better than SGD, got none in "
             f"{shown(folder)}."

@@ -115,6 +115,13 @@ PIECES: dict[str, Piece] = {
             settings_of="resnet-14-few",
         ),
         Piece(
+            "resnet-14-few-noisy",
+            "ResNet-10, 14×14 pixels, 1,000 rows, 25 % random labels",
+            _noisy(_FEW),
+            (*MODES, "SAM"),
+            measures_flatness=False,
+        ),
+        Piece(
             "resnet-14-large-batch",
             "ResNet-10, 14×14 pixels, batches of 1,000",
             replace(_SMALLER, batch_size=1000, epochs=20),
