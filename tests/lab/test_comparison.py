@@ -149,6 +149,28 @@ def test_what_was_stopped_goes_on_and_comes_to_the_same(at, recorded, tmp_path, 
     assert len(train.runs) == len(whole.runs)  # nothing twice
 
 
+def test_what_a_later_version_asks_besides_is_played_and_told(recorded, tmp_path, monkeypatch):
+    """The same plan, of which an earlier version had ended without the last of its runs."""
+
+    def train(run):
+        held = run.weight_decay == 0.5
+        found = 1.0 * held - (run.weight_decay not in (0.0, 0.5)) - run.learning_rate
+        return {"validation": found + 2 * (run.method == "F-GR"), "test": found}
+
+    words = {**QUICK, "folder": tmp_path / "a", "opponent": False}
+    with monkeypatch.context() as earlier:
+        earlier.setattr(ComparisonSchedule, "_again", lambda self, found, results: found)
+        first = compare(recorded(train), ["F-GR:weight_decay=0.5"], **words)
+    again = compare(recorded(train), ["F-GR:weight_decay=0.5"], **words)
+    assert [found.rows[0]["weight_decay"] for found in (first, again)] == [0.0, 0.5]
+    results = read_record(tmp_path / "a" / "results.json")
+    assert results["num_runs"] == len((tmp_path / "a" / "runs.jsonl").read_text(encoding="utf-8").splitlines())
+    assert results["arms"][0]["weight_decay"] == 0.5
+    written = (tmp_path / "a" / "results.json").stat().st_mtime_ns
+    compare(recorded(train), ["F-GR:weight_decay=0.5"], **words)
+    assert (tmp_path / "a" / "results.json").stat().st_mtime_ns == written
+
+
 def test_another_plan_is_not_gone_on_with(recorded, tmp_path):
     loop = recorded(Recorder())
     compare(loop, ["F-GR"], folder=tmp_path / "a", **QUICK)

@@ -58,7 +58,7 @@ def find(folder: Path, url: str | None) -> tuple[Plan, Place, Row]:
 
 
 def conclude(folder: Path, place: Place, plan: Plan) -> Row:
-    """Write results.json, runs.jsonl and the tracebacks of runs that failed, once; return what results.json holds."""
+    """Write results.json, runs.jsonl and the tracebacks of runs that failed; return what results.json holds."""
     schedule = ComparisonSchedule(plan, metric_of(plan.base))
 
     def summary(about: Row, board: Board, lines: list[Row]) -> Row:

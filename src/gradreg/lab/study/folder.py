@@ -75,7 +75,9 @@ def find(folder: Path, url: str | None, kind: str, noun: str) -> tuple[Row, Plac
 
 
 def conclude(folder: Path, place: Place, schedule: Schedule, summary: Callable[[Row, Board, list[Row]], Row]) -> Row:
-    """Write results.json, runs.jsonl and the tracebacks of runs that failed, once; return what results.json holds.
+    """Write results.json, runs.jsonl and the tracebacks of runs that failed; return what results.json holds.
+
+    Once, unless there are more runs by now: a later version may ask more of the same plan.
 
     Args:
         folder: of the study.
@@ -86,11 +88,13 @@ def conclude(folder: Path, place: Place, schedule: Schedule, summary: Callable[[
     (folder / ".locks").mkdir(exist_ok=True)
     path = folder / "results.json"
     with locked(folder / ".locks" / "results"):
-        if path.exists():
-            return read_results(path)
+        known = read_results(path) if path.exists() else None
         with Study(place) as study:
             board = study.board()
-        lines = without_tracebacks(folder, schedule.rows(board))
+        rows = schedule.rows(board)
+        if known is not None and known.get("num_runs", len(rows)) == len(rows):
+            return known
+        lines = without_tracebacks(folder, rows)
         write_text(folder / "runs.jsonl", "".join(json_line(sealed(line)) for line in lines))
         try:
             about = read_record(folder / "config.json")
