@@ -111,9 +111,12 @@ def cheap(
     (docs/frontier.md). On real images, a ResNet with 1,000 rows, it keeps 0.92 [0.71, 1.15] of 1.0 points; with
     10,000 rows F-GR gains nothing over plain training whose weight decay is tuned well, and this loses 0.2 points
     with noisy labels and shows nothing with clean ones (docs/images.md; what is marked there is not to be built
-    on). It costs 1.09 to 1.22 times plain training on vision transformers in batches of 64 and 128, 1.15 to 1.32
-    times on that ResNet of 8 channels, and 1.37 to 1.47 times in batches of 50 (two CPU cores). ρ was tuned each
-    time, between 0.2 and 6, and does not travel; the default is cautious (docs/choosing.md).
+    on). `ascent=Previous(sign=-1)` keeps 0.97 [0.82, 1.39] on that ResNet for less, and 0.47 on one small task.
+
+    It costs 1.10 to 1.22 times plain training on vision transformers in batches of 64 and 128, 1.16 to 1.32 times
+    on that ResNet of 8 channels, 1.39 to 1.49 times in batches of 50 (two CPU cores), and 1.37 times in a CUDA graph
+    but 2.41 eagerly with ResNet-18 (an H200, docs/gpu.md): half a batch launches as much as a whole one. ρ was tuned
+    each time, between 0.2 and 6, and does not travel; the default is cautious (docs/choosing.md).
 
     Call `backward(loss_fn, batches=[batch])`, with `loss_fn(batch)` a mean over rows, which are in random order.
 
