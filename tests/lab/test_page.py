@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure as Drawing
 from printed import tables_fit
 
-from gradreg.lab import page
+from gradreg.lab import figures, page
 from gradreg.lab.figures import LOOKS, as_svg, band, interval, legend, logarithmic, look, panels, rows_of
 from gradreg.lab.folder import BadInput
 from gradreg.lab.page import Code, Figure, Heading, Items, Page, check_page, html, markdown, plain, publish, tell
@@ -195,6 +195,14 @@ def test_the_terminal_is_told_the_same_and_where_the_page_is(tmp_path, capsys):
 
 
 # Figures.
+
+
+def test_a_title_that_is_wider_than_its_panel_is_broken():
+    _, (long, short) = figures.panels(["word " * 16, "ResNet\nten"], 5.4, 2.0)
+    lines = long.get_title().split("\n")
+    assert len(lines) == 2
+    assert max(map(len, lines)) <= figures.LETTERS * 5.4
+    assert short.get_title() == "ResNet\nten"
 
 
 def test_a_figure_is_the_same_in_every_run_and_takes_the_colors_of_the_page():

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from io import StringIO
+from textwrap import fill
 from typing import Any, Literal, NamedTuple, ParamSpec
 
 import matplotlib
@@ -23,6 +24,7 @@ Row = Mapping[str, Any]
 INK = "#1d1f21"  # the page replaces it by its own text color
 FAINT = "#8a8f98"
 LINE_HEIGHT = 0.27  # inches, of a row of `rows_of`
+LETTERS = 8  # of a title, for an inch of its panel, whose labels take a part of it
 
 
 class Look(NamedTuple):
@@ -103,7 +105,7 @@ def panels(titles: Sequence[str], width: float, height: float, columns: int = 2)
     figure = Figure(figsize=(width * columns, height * rows + 0.5), layout="constrained")
     every = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for axes, title in zip(every, titles):
-        axes.set_title(title)
+        axes.set_title("\n".join(fill(line, int(LETTERS * width)) for line in title.split("\n")))
     for axes in every[len(titles) :]:
         axes.set_visible(False)
     return figure, every[: len(titles)]
