@@ -13,6 +13,7 @@ from idx_files import encoded, write
 from torch import nn
 
 from gradreg.cli import main
+from gradreg.lab import stats
 from gradreg.lab.about import provenance
 from gradreg.lab.comparison.plan import Effort, Plan, Taken
 from gradreg.lab.config import RunConfig
@@ -22,7 +23,8 @@ from gradreg.lab.page import markdown
 from gradreg.lab.records import kept_lines, read_record
 from gradreg.studies.claims.claim import FAILS, HOLDS, UNDECIDED
 from gradreg.studies.frontier.modes import ARMS, FULL, MODES, PLAIN
-from gradreg.studies.frontier.summary import goals
+from gradreg.studies.frontier.page import sentences
+from gradreg.studies.frontier.summary import goals, judging
 from gradreg.studies.images import flatness, pieces, record, run
 from gradreg.studies.images.controls import control_rows, controls, line
 from gradreg.studies.images.page import judged, page
@@ -551,7 +553,8 @@ def test_a_goal_is_held_against_the_modes_of_every_piece():
             {"name": arm, "cost": {**cost, "median": c}, "retention": {"mean": m, "low": low, "high": 2.0}}
             for arm, (c, m, low) in kept.items()
         ]
-        arms = [{"name": arm, "cost": cost, "difference": DIFFERENCE} for arm in ("SGD", "F-GR")]
+        ends = {"cost": cost, "difference": DIFFERENCE, "verdict": stats.BETTER}
+        arms = [{"name": arm, **ends} for arm in ("SGD", "F-GR")]
         return {"about": name, "arms": arms, "kept": rows, "plan": {"base": {"about": name}, "methods": [*kept]}}
 
     first = piece("a", cheap=(1.05, 0.95, 0.92))
@@ -563,7 +566,8 @@ def test_a_goal_is_held_against_the_modes_of_every_piece():
 def kept(arms, base, methods):
     cost = {"median": 1.5, "low": 1.5, "high": 1.5}
     rows = [{"name": name, "cost": cost, "retention": {"mean": 1.0, "low": 0.9, "high": 1.1}} for name in arms]
-    ends = [{"name": name, "cost": cost, "difference": DIFFERENCE} for name in ("SGD", "F-GR")]
+    verdict = stats.BETTER if arms else stats.UNDECIDED
+    ends = [{"name": name, "cost": cost, "difference": DIFFERENCE, "verdict": verdict} for name in ("SGD", "F-GR")]
     return {"about": "clothes", "arms": ends, "kept": rows, "plan": {"base": base, "methods": list(methods)}}
 
 
@@ -577,6 +581,21 @@ def test_pieces_of_one_task_are_one_task_of_the_frontier():
     assert sorted(names) == sorted({PLAIN.name, FULL.name, *ARMS.values()})
     assert found["gain"]["mean"] == pytest.approx(-0.4)
     assert real_tasks({"pieces": [claims, few]}) == []
+
+
+def test_the_frontier_is_told_of_a_real_task_on_which_nothing_is_gained():
+    """It does not judge, and it is not passed over in silence."""
+    gains = kept([arm for arm in ARMS if arm != "SAM"], asdict(PIECES["resnet-14-few"].base), pieces.MODES)
+    nothing = {**kept([], asdict(PIECES["vit-28-modes"].base), pieces.MODES), "about": "more clothes"}
+    diverged = {**nothing, "arms": [{**row, "difference": None} for row in nothing["arms"]]}
+    fewer = kept([], asdict(PIECES["vit-28-few"].base), pieces.CHEAPER)
+    found = real_tasks({"pieces": [nothing, diverged, gains, fewer]})
+    assert [(task["name"], task["verdict"]) for task in found] == [
+        ("clothes", stats.BETTER),
+        ("more clothes", stats.UNDECIDED),
+    ]
+    assert [task["name"] for task in judging(found)] == ["clothes"]
+    assert "not beyond noise" in " ".join(sentences({"real": found, "tasks": [], "goals": []}))
 
 
 def test_the_frontier_knows_the_arms_of_the_modes():

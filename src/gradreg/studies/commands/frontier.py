@@ -88,11 +88,12 @@ def _real_tasks(folder: Path) -> list[dict[str, Any]]:
     Raises:
         BadInput: it is no folder or record of `gradreg images`, or there is nothing to keep in it.
     """
+    from gradreg.studies.frontier.summary import judging
     from gradreg.studies.images.pieces import MODES, PIECES
     from gradreg.studies.images.summary import real_tasks
 
     found = real_tasks(_results("--images", "images", folder))
-    if not found:
+    if not judging(found):
         names = ", ".join(name for name, piece in PIECES.items() if {*MODES} <= {*piece.methods})
         raise BadInput(
             f"--images must hold a piece with all modes ({names}) in which F-GR is better than SGD, got none in "

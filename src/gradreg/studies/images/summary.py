@@ -127,9 +127,9 @@ def _as_task(piece: Row) -> Row:
     ends = {PLAIN.name: arms[BASELINE], FULL.name: arms["F-GR"]}
     return {
         "name": piece["about"],
-        "verdict": stats.BETTER,
+        "verdict": arms["F-GR"]["verdict"],
         "gain": {key: 100 * value for key, value in arms["F-GR"]["difference"].items()},
-        "methods": set(),
+        "methods": {*piece["plan"]["methods"]},
         "modes": [
             {"name": name, "retention": None, "cost": {"larger": row["cost"]}, "is_opponent": False}
             for name, row in ends.items()
@@ -138,7 +138,12 @@ def _as_task(piece: Row) -> Row:
 
 
 def real_tasks(results: Row) -> list[Row]:
-    """For the frontier: the tasks on which all its modes were played, and there is something to keep."""
+    """For the frontier: the tasks on which all its modes were played, first those where there is something to keep."""
+    others = [
+        {**_as_task(piece), "is_earlier": piece.get("is_earlier", False)}
+        for piece in results["pieces"]
+        if not piece["kept"] and next(arm for arm in piece["arms"] if arm["name"] == "F-GR").get("difference")
+    ]
     return [
         {
             "name": task["name"],
@@ -151,7 +156,7 @@ def real_tasks(results: Row) -> list[Row]:
                 if row["name"] in (PLAIN.name, FULL.name, *ARMS)
             ],
         }
-        for task in as_tasks(results["pieces"])
+        for task in (*as_tasks(results["pieces"]), *others)
         if task["methods"] >= set(MODES)
     ]
 
