@@ -107,11 +107,11 @@ def cheap(
 
     One pass in all, and one extra copy of the parameters. Of what F-GR in every step gains over tuned plain
     training it keeps 1.04 [0.95, 1.13], 0.84 [0.68, 0.98] and 1.38 [1.14, 1.71] on three small tasks (MLPs by SGD,
-    noisy labels, 16 paired seeds): where it keeps least, more than any other mode below 1.5 times
-    (docs/frontier.md). On real images, a ResNet with 1,000 rows, it keeps 0.92 [0.71, 1.15] of 1.0 points; with
-    10,000 rows F-GR gains nothing over plain training whose weight decay is tuned well, and this loses 0.2 points
-    with noisy labels and shows nothing with clean ones (docs/images.md; what is marked there is not to be built
-    on). `ascent=Previous(sign=-1)` keeps 0.97 [0.82, 1.39] on that ResNet for less, and 0.47 on one small task.
+    noisy labels, 16 paired seeds) and 0.92 [0.71, 1.15] of 1.0 points on real images (a ResNet, 1,000 rows, 5 seeds):
+    where it keeps least, more than any other mode below 1.5 times (docs/frontier.md). With 10,000 rows F-GR gains
+    nothing over plain training whose weight decay is tuned well, and this loses 0.2 points with noisy labels and
+    shows nothing with clean ones (docs/images.md; what is marked there is not to be built on).
+    `ascent=Previous(sign=-1)` keeps 0.97 [0.82, 1.39] on that ResNet for less, and 0.47 on one small task.
 
     It costs 1.10 to 1.22 times plain training on vision transformers in batches of 64 and 128, 1.16 to 1.32 times
     on that ResNet of 8 channels, 1.39 to 1.49 times in batches of 50 (two CPU cores), and 1.37 times in a CUDA graph
