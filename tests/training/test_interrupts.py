@@ -33,10 +33,11 @@ class AtLine:
 
     def __init__(self, k=None):
         self.k, self.lines = k, 0
+        self._tracers = self._enter, self._line  # kept: the interpreter was once seen to call one that was gone
 
     def __enter__(self):
         self._before = sys.gettrace()
-        sys.settrace(self._enter)
+        sys.settrace(self._tracers[0])
         return self
 
     def __exit__(self, *exception):
@@ -44,7 +45,7 @@ class AtLine:
 
     def _enter(self, frame, event, argument):
         is_loop = frame.f_code.co_name.startswith("<")  # a comprehension, whose lines are as many as its items
-        return self._line if frame.f_code.co_filename.startswith(ENGINE) and not is_loop else None
+        return self._tracers[1] if frame.f_code.co_filename.startswith(ENGINE) and not is_loop else None
 
     def _line(self, frame, event, argument):
         if event == "line":
@@ -52,7 +53,7 @@ class AtLine:
             if self.lines == self.k:
                 sys.settrace(None)
                 raise Interrupt
-        return self._line
+        return self._tracers[1]
 
 
 # One step of each door. The first pass of door 2 is the caller's, before the interrupts begin.
