@@ -331,7 +331,7 @@ def add_scaled(xs: Vectors, step: Scalar, ys: Vectors, out: Vectors) -> None:
     """
     if any_sharded(xs):
         xs, ys, out = ([local(t) for t in tensors] for tensors in (xs, ys, out))
-    alpha = step.item() if isinstance(step, Tensor) and step.is_cpu and all(x.is_cpu for x in xs) else step
+    alpha = step.item() if isinstance(step, Tensor) and all(map(is_readable, [step, *xs])) else step
     if isinstance(alpha, Tensor):
         _add_masked(xs, alpha, ys, out)
     elif alpha == 0:

@@ -116,7 +116,7 @@ def cheap(
     It costs 1.10 to 1.22 times plain training on vision transformers in batches of 64 and 128, 1.16 to 1.32 times
     on that ResNet of 8 channels, 1.39 to 1.49 times in batches of 50 (two CPU cores), and 1.37 times in a CUDA graph
     but 2.41 eagerly with ResNet-18 (an H200, docs/gpu.md): half a batch launches as much as a whole one. ρ was tuned
-    each time, between 0.2 and 6, and does not travel; the default is cautious (docs/choosing.md).
+    each time, between 0.2 and 4.5, and does not travel; the default is cautious (docs/choosing.md).
 
     Call `backward(loss_fn, batches=[batch])`, with `loss_fn(batch)` a mean over rows, which are in random order.
 

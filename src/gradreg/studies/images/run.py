@@ -161,7 +161,7 @@ def _measure(plan: ComparisonPlan, folder: Path, workers: int) -> None:
     A model of other settings is another one, although its file has the same name; of two lines the later one counts.
     """
     known = [line for line in kept_lines(folder / FLATNESS) if {*MEASURES} <= {*line}]
-    points = {row["name"]: _point(row) for row in read_results(folder / "results.json")["arms"]}
+    points = {name: {**found.point} for name, found in taken_from(read_results(folder / "results.json")).items()}
     models = [
         (
             arm.name,
@@ -186,10 +186,6 @@ def _measure(plan: ComparisonPlan, folder: Path, workers: int) -> None:
         for count, (k, row) in enumerate(found, 1):
             append_line(folder / FLATNESS, sealed({**todo[k][0], **row}))
             progress("what flatness buys", count, len(todo))
-
-
-def _point(row: Row) -> Row:
-    return {name: row[name] for name in RATES} | row["settings"]
 
 
 def _rows(plan: Plan, folder: Path) -> list[Row]:
