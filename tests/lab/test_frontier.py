@@ -413,7 +413,8 @@ def test_the_command_writes_its_folder_and_page(tiny, tmp_path, capsys):
         ),
         (
             "--images bare",
-            "--images must hold a piece with all modes (resnet-14-modes, resnet-14-few-noisy, vit-28-modes) in which",
+            "--images must hold a piece with all modes (resnet-14-modes, resnet-14-few-noisy, resnet-14-few-smooth, "
+            "vit-28-modes) in which",
         ),
         ("--images bare/results.json", "--images must hold a piece with all modes"),
         ("--images other", "--images must be a folder of gradreg images with its results, or its record, got 'other'"),

@@ -122,6 +122,13 @@ PIECES: dict[str, Piece] = {
             measures_flatness=False,
         ),
         Piece(
+            "resnet-14-few-smooth",
+            "ResNet-10 with SiLU, 14×14 pixels, 1,000 rows",
+            replace(_FEW, activation="silu"),
+            (*MODES, "SAM", "B-GR", "DB"),
+            measures_flatness=False,
+        ),
+        Piece(
             "resnet-14-large-batch",
             "ResNet-10, 14×14 pixels, batches of 1,000",
             replace(_SMALLER, batch_size=1000, epochs=20),
