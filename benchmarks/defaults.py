@@ -133,8 +133,8 @@ def fixed(gamma: Any, epsilon: float, **options: Any) -> Make:
     return lambda model, optimizer, num_steps: gradreg.GradientRegularizer(model, gamma, epsilon, **options)
 
 
-def cheap(**options: Any) -> Make:
-    return lambda model, optimizer, num_steps: gradreg.cheap(model, optimizer, num_steps, **options)
+def cheap(target: float) -> Make:
+    return lambda model, optimizer, num_steps: gradreg.cheap(model, gradreg.TargetRatio(target))
 
 
 METHODS: dict[str, Make] = {
@@ -147,9 +147,9 @@ METHODS: dict[str, Make] = {
     "γ = ε = 0.1": fixed(0.1, 0.1),
     "γ = ε = 1": fixed(1.0, 1.0),
     "SAM, ρ 0.05": fixed(0.05, 0.05, ascent="normalized"),
-    **{f"cheap, ρ {rho:g}": cheap(rho=rho) for rho in (0.03, 0.1, 0.2, 0.3, 1.0)},
+    **{f"cheap, ratio {target:g}": cheap(target) for target in (0.1, 0.2, 0.3, 0.5, 1.0)},
 }
-QUICK = ("plain", "ratio 0.1", "γ = ε = 0.1", "cheap, ρ 0.2")
+QUICK = ("plain", "ratio 0.1", "γ = ε = 0.1", "cheap, ratio 0.1")
 
 
 # One run.

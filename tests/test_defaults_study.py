@@ -47,10 +47,9 @@ def test_the_default_is_one_of_the_methods(study):
     methods = [
         make(model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), 10) for make in study.METHODS.values()
     ]
-    without = study.gradreg.cheap(model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), 10)
-    rho = without.epsilon(10)
-    assert rho == 0.2
-    made = study.METHODS[f"cheap, ρ {rho:g}"](model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), 10)
+    without = study.gradreg.cheap(model)
+    target = without.gamma.value.target
+    made = study.METHODS[f"cheap, ratio {target:g}"](model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), 10)
     assert (without.gamma, without.epsilon) == (made.gamma, made.epsilon)
     default = study.gradreg.GradientRegularizer(model)
     assert any((m.gamma, m.epsilon) == (default.gamma, default.epsilon) for m in methods if m is not None)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from torch import nn
 import gradreg
 from gradreg import cli
 from gradreg.lab import BadInput, Comparison, Task, compare, objective, stats, tasks
+from gradreg.lab.attach import attach
 from gradreg.lab.comparison import run
-from gradreg.lab.comparison.arms import BASELINE, LONGER
+from gradreg.lab.comparison.arms import BASELINE, LONGER, arm_of
 from gradreg.lab.comparison.plan import LADDER, Effort, Plan
 from gradreg.lab.comparison.result import chosen, notes, settings
 from gradreg.lab.comparison.schedule import ComparisonSchedule
@@ -64,18 +66,18 @@ def test_the_words_of_every_end(recorded):
     assert "SAM is worse than that" in longer
 
 
-def test_cheap_is_told_in_the_arguments_of_its_function():
-    row = {"name": "cheap", "settings": {"gamma": 0.5, "epsilon": 2.0}, "learning_rate": 0.1, "weight_decay": 0.0}
-    assert settings(row) == "ρ 2, share 0.25"
-    assert chosen(row) == "lr 0.1, wd 0, ρ 2, share 0.25"
+def test_cheap_is_the_function_of_that_name():
+    point = {"learning_rate": 0.1, "weight_decay": 0.0, "ratio": 0.3, "epsilon": 0.2}
+    base = replace(RunConfig(data="digits"), warmup=0.0)
+    arm = arm_of("cheap", "ratio")
+    assert set(point) == {"learning_rate", "weight_decay", *arm.settings[0]}
     model = nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    named = gradreg.cheap(model, optimizer, 10, rho=2, share=0.25)
-    assert (named.gamma(10), named.epsilon(10)) == (0.5, 2.0)
-    sixth = row | {"settings": {"gamma": 1000.0, "epsilon": 6000.0}}
-    assert settings(sixth) == "ρ 6000, share 0.167"
-    held = row | {"name": "cheap, γ 0.5", "settings": {"epsilon": 2.0}}
-    assert settings(held) == "ε 2"
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    played = attach(model, 100, arm.config(base, point, 0), optimizer)
+    named = gradreg.cheap(model, gradreg.TargetRatio(0.3, ramp=0), 0.2)
+    assert repr(played.regularizer) == repr(named)
+    row = {"name": "cheap", "settings": {"ratio": 0.3, "epsilon": 0.2}, "learning_rate": 0.1, "weight_decay": 0.0}
+    assert (settings(row), chosen(row)) == ("ratio 0.3, ε 0.2", "lr 0.1, wd 0, ratio 0.3, ε 0.2")
 
 
 # What fails.
@@ -463,12 +465,12 @@ def test_what_an_earlier_version_began_goes_on(tmp_path):
 def test_an_arm_that_an_earlier_version_searched_elsewhere_is_refused():
     """`cheap` was another mode."""
     schedule = ComparisonSchedule(Plan(RunConfig(data="digits"), ("cheap",)), ACCURACY)
-    point = {"learning_rate": 0.1, "weight_decay": 0.0, "ratio": 0.1, "epsilon": 0.5, "lookahead": 0.03}
-    what = {"arm": 1, "point": point, "seed": 0, "scored_on": "test"}
-    with pytest.raises(BadInput, match="cheap of an earlier version, with lookahead, ratio, does not go on in this"):
-        schedule.job(what)
     point = {"learning_rate": 0.1, "weight_decay": 0.0, "gamma": 0.1, "epsilon": 0.5}
-    assert schedule.job({**what, "point": point}).config.ascent == "momentum"
+    what = {"arm": 1, "point": point, "seed": 0, "scored_on": "test"}
+    with pytest.raises(BadInput, match="cheap of an earlier version, with gamma, does not go on in this one"):
+        schedule.job(what)
+    point = {"learning_rate": 0.1, "weight_decay": 0.0, "ratio": 0.1, "epsilon": 0.5}
+    assert schedule.job({**what, "point": point}).config.period == 4
 
 
 def test_models_of_the_test_are_kept(here, capsys):

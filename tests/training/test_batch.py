@@ -30,6 +30,32 @@ def test_fraction_is_its_formula(share, rows, ascent):
     assert float(read["penalty_ratio"]) == pytest.approx(penalty / norm(g_part), rel=1e-8)
 
 
+def test_cheap_is_a_quarter_of_the_batch_in_every_fourth_step():
+    problem = Problem()
+    optimizer = torch.optim.Adagrad(problem.parameters, lr=0.1)  # which has no momentum
+    regularizer = gradreg.cheap(problem.model, 0.3, RHO)
+    part = problem.rows(0, 3)
+    for step in range(8):
+        expected = problem.gradient()
+        if step % 4 == 3:
+            g = problem.gradient(part)
+            moved = problem.gradient(part, displaced_by=scaled(g, RHO))
+            expected = [whole + 0.3 / RHO * (b - a) for whole, a, b in zip(expected, g, moved)]
+        problem.model.zero_grad()
+        regularizer.backward(problem.loss, [problem.batch])
+        assert_close(problem.gradients, expected, rtol=1e-9, atol=1e-12)
+        optimizer.step()
+
+
+def test_cheap_follows_a_ratio_where_no_number_is_given():
+    problem = Problem()
+    optimizer = sgd(problem, lr=0.01, momentum=0)
+    regularizer = gradreg.cheap(problem.model, gradreg.TargetRatio(0.2, ramp=0), epsilon=0.5)
+    problem.train(regularizer, optimizer, steps=120)
+    assert float(regularizer.diagnostics()["penalty_ratio"]) == pytest.approx(0.2, rel=0.2)
+    assert gradreg.cheap(problem.model).gamma == gradreg.every(gradreg.TargetRatio(0.2), 4)
+
+
 def test_fraction_of_a_window_cuts_through_micro_batches():
     problem = Problem()
     fraction = gradreg.Fraction(0.6)

@@ -168,23 +168,3 @@ def test_a_selection_through_reentrant_checkpoints_is_the_same():
         return gradreg.GradientRegularizer(problem.model, 0.1, RHO, include="*shared*")
 
     assert_close(_tied(True, 3, make), _tied(False, 3, make), rtol=1e-12, atol=1e-14)
-
-
-def test_cheap_is_a_split_ahead_that_rises_over_the_first_steps():
-    problem, other = Problem(), Problem()
-    optimizer, base = sgd(problem), sgd(other)
-    regularizer = gradreg.cheap(problem.model, optimizer, 10, rho=0.7, share=0.3)
-    plain = problem.gradient()
-    problem.train(regularizer, optimizer)
-    assert_same(problem.gradients, plain)
-    problem.train(regularizer, optimizer, steps=4)
-    by_hand = gradreg.GradientRegularizer(
-        other.model,
-        lambda step: 0.3 * 0.7 * min(1, step / 3),
-        lambda step: 0.7 * min(1, step / 3) or 1,
-        ascent=gradreg.Momentum(base),
-        batch=gradreg.Split(),
-    )
-    other.train(by_hand, base, steps=5)
-    assert problem.forwards == other.forwards == 1 + 4 * 2, "both halves of a batch, once it has begun"
-    assert_close(problem.parameters, other.parameters, rtol=1e-12, atol=1e-14)

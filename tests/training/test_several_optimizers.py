@@ -54,11 +54,17 @@ def test_msam_looks_along_the_momenta_of_all(sign):
     assert max((g - p).abs().max() for g, p in zip(expected, plain)) > 1e-4, "the displacement is seen"
 
 
-def test_cheap_looks_ahead_along_the_momenta_of_all():
+def split_ahead(model, optimizers, rho):
+    """Half of the batch at θ, half of it ahead along the momentum."""
+    ascent = gradreg.Momentum(optimizers)
+    return gradreg.GradientRegularizer(model, rho / 2, rho, ascent=ascent, batch=gradreg.Split())
+
+
+def test_a_split_batch_looks_ahead_along_the_momenta_of_all():
     rho = 0.04
     problem = Problem()
     optimizers = muon_and_adamw(problem)
-    regularizer = gradreg.cheap(problem.model, optimizers, 1, rho=rho)
+    regularizer = split_ahead(problem.model, optimizers, rho)
     train(problem, regularizer, optimizers, steps=2)
     v = momenta(problem.parameters, optimizers)
     first = problem.gradient(problem.rows(0, 5))
@@ -81,17 +87,13 @@ def test_f_gr_asks_no_optimizer():
     assert_close(problem.gradients, [g1 + 2 * (g2 - g1) for g1, g2 in zip(first, second)], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("preset", ["msam", "cheap"])
-def test_one_of_two_optimizers_is_not_enough(preset):
+@pytest.mark.parametrize("make", [gradreg.msam, split_ahead])
+def test_one_of_two_optimizers_is_not_enough(make):
     problem = Problem()
     muon, _ = muon_and_adamw(problem)
-    make = {
-        "msam": lambda o: gradreg.msam(problem.model, o, RHO),
-        "cheap": lambda o: gradreg.cheap(problem.model, o, 9),
-    }
     with pytest.raises(ValueError, match=r"'0\.bias'; give it all of them, name every optimizer \(a list\)"):
-        make[preset](muon)
-    make[preset]([muon, torch.optim.AdamW([p for p in problem.parameters if p.ndim == 1])])
+        make(problem.model, muon, RHO)
+    make(problem.model, [muon, torch.optim.AdamW([p for p in problem.parameters if p.ndim == 1])], RHO)
 
 
 def test_the_one_without_momentum_is_named():
@@ -160,13 +162,13 @@ def at(loss_fn, side, displaced_by, batch=None):
     return found
 
 
-def test_a_gan_with_msam_on_one_side_and_cheap_on_the_other():
+def test_a_gan_with_msam_on_one_side_and_a_split_batch_on_the_other():
     rho = 0.04
     gan = Adversaries()
     generator, discriminator = gan.sides
     regularizers = [
         gradreg.msam(generator, gan.optimizers[0], RHO),
-        gradreg.cheap(discriminator, gan.optimizers[1], 1, rho=rho),
+        split_ahead(discriminator, gan.optimizers[1], rho),
     ]
     gan.turn(regularizers, steps=3)
     of_generator, of_discriminator = gan.losses()

@@ -20,7 +20,7 @@ BASELINE = "SGD"
 """The name of plain training, whatever the task's optimizer."""
 LONGER = "SGD, twice as long"
 CHEAP, AHEAD = "cheap", "ahead"
-"""`gradreg.cheap`, and what it was before: a penalty on a tenth of the batch in every third step, all of it ahead."""
+"""`gradreg.cheap`, and what it was at first: a penalty on a tenth of the batch in every third step, all of it ahead."""
 STEP = 3.0
 """Between neighbors at first, for numbers whose scale is not known."""
 DECAY = 1e-4
@@ -135,7 +135,7 @@ def arm_of(name: str, by: str) -> Arm:
     if held:
         return _holding(arm_of(name, by), held)
     if name.lower() == CHEAP:
-        return Arm(CHEAP, "Split", _STARTS["Split"], {"ascent": "momentum"})
+        return Arm(CHEAP, "F-GR", _BY_RATIO if by == "ratio" else _BY_GAMMA, {"fraction": 0.25, "period": 4})
     if name.lower() == AHEAD:
         settings = _grid(**{by: (0.03, 0.1)}, epsilon=(0.5,), lookahead=(0.03, 0.3))
         return Arm(AHEAD, "F-GR", settings, {"fraction": 0.1, "period": 3})

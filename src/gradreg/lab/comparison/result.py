@@ -17,7 +17,7 @@ from gradreg.lab.comparison.arms import AHEAD, CHEAP, LONGER, Arm
 from gradreg.lab.comparison.schedule import TEST, VALIDATION, ComparisonSchedule
 from gradreg.lab.methods import METHODS
 from gradreg.lab.metric import Metric
-from gradreg.lab.search import Point, rounded
+from gradreg.lab.search import Point
 from gradreg.lab.study.board import Board
 from gradreg.lab.study.schedule import key_of
 from gradreg.lab.words import SYMBOLS, gap, listed, plural, score
@@ -76,7 +76,7 @@ def _about(arm: Arm, choice: Point) -> Row:
 
 _ABOUT = {
     LONGER: "plain training for as long as two passes take",
-    CHEAP: "part of the batch ahead along the momentum",
+    CHEAP: "F-GR on a quarter of the batch in every fourth step",
     AHEAD: "ahead along the momentum, and a penalty on a tenth of the batch in every third step",
 }
 
@@ -142,24 +142,16 @@ def _beside_opponent(results: Row, best: Row, metric: Metric) -> str:
 
 def settings(row: Mapping[str, Any]) -> str:
     """`ratio 0.3, ε 0.1`, or for plain training its learning rate and weight decay."""
-    return _told(_own(row) or _base(row))
+    return _told(row["settings"] or _base(row))
 
 
 def chosen(row: Mapping[str, Any]) -> str:
     """All that was chosen for an arm."""
-    return _told({**_base(row), **_own(row)})
+    return _told({**_base(row), **row["settings"]})
 
 
 def _base(row: Mapping[str, Any]) -> Point:
     return {name: row[name] for name in ("learning_rate", "weight_decay")}
-
-
-def _own(row: Mapping[str, Any]) -> Point:
-    """In the arguments of the function that a user would call."""
-    found = row["settings"]
-    if row["name"] == CHEAP:
-        return {"rho": found["epsilon"], "share": rounded(found["gamma"] / found["epsilon"])}
-    return found
 
 
 def _told(settings: Point) -> str:

@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -37,6 +37,8 @@ Step = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
 Clock = Callable[[], float]
 CPU = torch.device("cpu")
+BETWEEN = "between"
+"""Of a method's steps, one that has no penalty."""
 
 
 def step_costs(configs: Mapping[str, RunConfig], device: torch.device = CPU, rounds: int = 0) -> dict[str, Ratio]:
@@ -49,12 +51,8 @@ def step_costs(configs: Mapping[str, RunConfig], device: torch.device = CPU, rou
         device: where the steps are made.
         rounds: of paired steps; by default as many as 20 seconds hold, from 6 to 30.
     """
-    full = {name: replace(config, warmup=0.0, period=1) for name, config in configs.items()}
-    between = {(name, "between"): replace(full[name], period=10**6) for name, c in configs.items() if c.period > 1}
     task = trained(configs["SGD"])
-    steps: dict[Hashable, Step] = {
-        name: make_step(config, task, device) for name, config in {**full, **between}.items()
-    }
+    steps = {name: make_step(config, task, device) for name, config in kinds(configs).items()}
     clock = clock_for(device, threads=1)
     if not rounds:
         started = time.perf_counter()
@@ -62,11 +60,22 @@ def step_costs(configs: Mapping[str, RunConfig], device: torch.device = CPU, rou
         each = (time.perf_counter() - started) / 2
         rounds = int(min(MOST_ROUNDS, max(LEAST_ROUNDS, SECONDS_OF_COST / each)))
     seconds = paired_seconds(steps, rounds, clock, warm_up=1)
+    return {name: median_ratio(took, seconds["SGD"]) for name, took in means(configs, seconds).items()}
+
+
+def kinds(configs: Mapping[str, RunConfig]) -> dict[Hashable, RunConfig]:
+    """What is to be timed: each run's step with γ at full strength, and one without, where only some have a penalty."""
+    full = {name: replace(config, warmup=0.0, period=1) for name, config in configs.items()}
+    now_and_then = [name for name, config in configs.items() if config.period > 1]
+    return {**full, **{(name, BETWEEN): replace(full[name], period=10**6) for name in now_and_then}}
+
+
+def means(configs: Mapping[str, RunConfig], seconds: Mapping[Hashable, Sequence[float]]) -> dict[str, list[float]]:
+    """In each round, over as many steps as a run has from one penalty to the next."""
     found = {}
     for name, config in configs.items():
-        share, took = 1 / config.period, seconds[name]  # of the steps, those with a penalty
-        rest = seconds.get((name, "between"), took)
-        found[name] = median_ratio([share * a + (1 - share) * b for a, b in zip(took, rest)], seconds["SGD"])
+        share, took = 1 / config.period, seconds[name]
+        found[name] = [share * a + (1 - share) * b for a, b in zip(took, seconds.get((name, BETWEEN), took))]
     return found
 
 

@@ -174,11 +174,11 @@ ARMS: dict[str, str] = {
     "SAM": "SAM",
     "F-GR, period 4": "every 4th",
     "F-GR, fraction 0.25": "Fraction(1/4)",
-    "F-GR, fraction 0.25, period 4": "Fraction(1/4), every 4th",
+    "cheap": "Fraction(1/4), every 4th",
     "MSAM": "MSAM",
     "Previous-down": "Previous-down",
     "Split": "Split, gradient",
-    "cheap": "Split, momentum",
+    "Split, ascent momentum": "Split, momentum",
     "ahead": "Ahead + Fraction(1/10), every 3rd",
     "SGD, twice as long": "plain, twice as long",
 }

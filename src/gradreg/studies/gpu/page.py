@@ -167,7 +167,8 @@ NOTES = (
     "Fashion-MNIST, 60,000 rows: 55,000 to train on, 5,000 to choose by, and 10,000 test rows that are read once.",
     "Times of a step: on a model of its own and the same batch each method makes one in every round, in an order that "
     "rotates; printed is the median over rounds of the ratio to the SGD step of the same round, with its 95 % interval "
-    "by bootstrap. The clock is read when the device is done. `cheap` displaces a half of the batch.",
+    "by bootstrap. The clock is read when the device is done. `cheap` is the mean of four steps, one of them with a "
+    "penalty on a quarter of the batch; `Split` displaces a half of the batch, along the momentum.",
     "fp32 means that convolutions may use TF32, as PyTorch lets them by default, and matrix products may not. Beside "
     "each way stands the SGD step of the same way, in milliseconds.",
     "Comparisons train in bf16 with channels last, but for the MLP; several processes share the device, so that the "

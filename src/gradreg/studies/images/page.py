@@ -41,17 +41,23 @@ def completeness(results: Row) -> str:
     """What is there, and what is missing."""
     here, missing = [piece["name"] for piece in results["pieces"] if not _is_earlier(piece)], results["missing"]
     quick = "A quick look at tiny sizes, which says nothing about the methods. " * results["is_quick"]
+    lacking = [f"{piece['name']} ({listed(piece['lacks'])})" for piece in results["pieces"] if _lacks(piece)]
+    arms = f" Arms not yet played: {listed(lacking)}." if lacking else ""
     if not missing:
-        return f"{quick}All {len(here)} pieces are here."
+        return f"{quick}All {len(here)} pieces are here.{arms}"
     by_plan = " by the plan of this version" * any(map(_is_earlier, results["pieces"]))
     return (
         f"{quick}{len(here)} of {len(here) + len(missing)} pieces are here{by_plan}; not yet played: {listed(missing)} "
-        "(`gradreg images --resume FOLDER` goes on)."
+        f"(`gradreg images --resume FOLDER` goes on).{arms}"
     )
 
 
 def _is_earlier(piece: Row) -> bool:
     return piece.get("is_earlier", False)
+
+
+def _lacks(piece: Row) -> bool:
+    return bool(piece.get("lacks")) and not _is_earlier(piece)
 
 
 def _name(piece: Row) -> str:
@@ -311,8 +317,8 @@ AFTERWORD: tuple[Block, ...] = (
             "5,000 validation rows and one seed of each finalist decide between close candidates, with their noise.",
             "At 28×28 pixels the ResNet has the settings that its arms came to at 14×14, but for the learning rate: "
             "what is best at full resolution may lie elsewhere.",
-            "`cheap` is a split batch, a part of it ahead along the momentum. Its cost, and MSAM's, is of these "
-            "small networks.",
+            "`Split, ascent momentum` has half of the batch, or another part, ahead along the momentum. Costs below "
+            "two passes are of these small networks, where a pass over few rows is dearer than its share.",
         ]
     ),
     Heading("To measure it again"),

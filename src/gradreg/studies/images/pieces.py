@@ -16,12 +16,14 @@ from gradreg.lab.config import RunConfig
 
 SMALL, LARGE = "F-GR:epsilon=0.02", "F-GR:epsilon=0.5"
 """The two ends of the question about ε, each with a γ of its own."""
-METHODS = ("F-GR", "B-GR", "DB", "SAM", "cheap")
-CLAIMED = (*METHODS, SMALL, LARGE)
-CHEAPER = ("F-GR", "SAM", "cheap", "MSAM")
+SPLIT = "Split:ascent=momentum"
+"""Half of the batch ahead along the momentum: one pass."""
+METHODS = ("F-GR", "B-GR", "DB", "SAM", SPLIT, "cheap")
+CLAIMED = ("F-GR", "B-GR", "DB", "SAM", SPLIT, SMALL, LARGE, "cheap")
+CHEAPER = ("F-GR", "SAM", SPLIT, "MSAM", "cheap")
 MODES = (
-    *("F-GR", "F-GR:period=4", "F-GR:fraction=0.25", "F-GR:fraction=0.25:period=4"),
-    *("ahead", "MSAM", "Split", "cheap", "Previous-down"),
+    *("F-GR", "F-GR:period=4", "F-GR:fraction=0.25", "cheap"),
+    *("ahead", "MSAM", "Split", SPLIT, "Previous-down"),
 )
 """The full method, and the ways below two passes that the frontier of small tasks did not rule out."""
 
@@ -151,7 +153,7 @@ PIECES: dict[str, Piece] = {
             "resnet-14-smooth",
             "ResNet-10 with SiLU, 14×14 pixels, 25 % random labels",
             replace(_noisy(_SMALLER), activation="silu"),
-            ("F-GR", "DB"),
+            ("F-GR", "DB", "cheap"),
         ),
         Piece("resnet-14-clean", "ResNet-10, 14×14 pixels, clean labels", _SMALLER, CLAIMED),
         Piece("vit-28-noisy", "ViT, 25 % random labels", _noisy(_VIT), METHODS),

@@ -47,14 +47,17 @@ def recorded(page: Path, is_quick: bool, plan_of: Callable[[Piece], Plan]) -> li
 
 
 def current(rows: Sequence[Row], plan_of: Callable[[Piece], Plan]) -> list[Row]:
-    """Without pieces of another task than this version's; one that was searched for by another plan `is_earlier`."""
+    """Without pieces of another task than this version's; one that was searched for by another plan `is_earlier`, and
+    of one that has not all of its arms yet it is told what it `lacks`."""
     found = []
     for row in rows:
         if row["name"] in PIECES:
             own, plan = Plan.from_row(row["plan"]), plan_of(PIECES[row["name"]])
+            lacks = [method for method in plan.methods if method not in own.methods]
             own = replace(own, base=replace(own.base, path=plan.base.path), taken=plan.taken)
+            own = replace(own, methods=(*own.methods, *lacks))
             if (own.base, own.first_seed) == (plan.base, plan.first_seed):
-                found.append({**row, "is_earlier": own != plan})
+                found.append({**row, "is_earlier": own != plan, "lacks": lacks})
     return found
 
 
@@ -65,8 +68,9 @@ def write_record(page: Path, results: Mapping[str, Any]) -> None:
 
 def merged(planned: Sequence[str], *sources: Sequence[Row]) -> list[Row]:
     """A row for each piece that is there, in the order of the plan: from the first source that has it by this version's
-    plan, or else by an earlier one."""
+    plan, with most of its arms, or else by an earlier one."""
     found: dict[str, Row] = {}
-    for row in sorted((row for source in sources for row in source), key=lambda row: row["is_earlier"]):
+    rows = [row for source in sources for row in source]
+    for row in sorted(rows, key=lambda row: (row["is_earlier"], len(row["lacks"]))):
         found.setdefault(row["name"], row)
     return [found[name] for name in planned if name in found]
