@@ -382,7 +382,7 @@ def test_the_first_sentence_of_a_page_says_what_is_missing():
 def test_a_way_that_refuses_a_method_says_why(quick, tmp_path, monkeypatch):
     def capture(step):
         seen.append(step)
-        if len(seen) % 7 == 5:
+        if len(seen) % 9 == 5:
             raise RuntimeError("capture failed")
         return step
 
@@ -392,7 +392,7 @@ def test_a_way_that_refuses_a_method_says_why(quick, tmp_path, monkeypatch):
     assert quick("--only", "graph") == 0
     shown = (tmp_path / "gpu" / "report.html").read_text(encoding="utf-8")
     assert "DB with ResNet-18: RuntimeError: capture failed." in shown
-    assert len(seen) == 21  # 6 methods and cheap, of 3 models
+    assert len(seen) == 27  # 6 methods, two kinds of steps of cheap, and Split, of 3 models
 
 
 def test_the_page_of_the_repository_is_honest():
