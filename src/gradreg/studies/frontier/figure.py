@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -11,12 +12,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gradreg.lab.figures import FAINT, INK, LINE_HEIGHT, LOOKS, Look, as_svg, interval, legend, panels, rows_of
+from gradreg.lab.figures import FAINT, INK, LOOKS, Look, as_svg, interval, legend, panels, rows_of
 from gradreg.lab.labels import settle, write_names
 from gradreg.lab.stats import Interval
 
 _OURS, _OPPONENTS = Look(LOOKS["F-GR"].color, marker="o"), Look(LOOKS["SAM"].color, marker="D")
 _REFERENCES = Look(INK, marker="s")
+_TWO_LINES = 0.34  # inches, of a row
 _WIDTH = 7.6  # inches; at 700 pixels a letter of 9 points is 11 pixels high
 _LOWEST = -1.0  # of the axis of retention: what is lower is drawn at its edge
 _ROOT = 0.05
@@ -104,8 +106,10 @@ def pareto_figure(tasks: Sequence[Panel]) -> Figure:
 def worst_figure(tasks: Sequence[Panel]) -> Figure:
     """Each mode on its worst task, the most trustworthy on top; its other tasks as faint dots."""
     rows = worst(tasks)
-    figure, (axes,) = panels([""], _WIDTH, LINE_HEIGHT * max(len(rows), 3) + 0.7)
-    low, high = _limits([point.retention for panel in tasks for point in panel.points])
+    figure, (axes,) = panels([""], _WIDTH, _TWO_LINES * max(len(rows), 3) + 0.7)
+    shown = {point.mode for _, point in rows}
+    means = [point.retention.mean for panel in tasks for point in panel.points if point.mode in shown]
+    low, high = _limits([*(point.retention for _, point in rows), *(Interval(mean, mean, mean) for mean in means)])
     axes.set_xlim(low, high)
     for value in (0, 1):
         axes.axvline(value, color=FAINT, linewidth=0.9, linestyle="--", zorder=0)
@@ -115,8 +119,8 @@ def worst_figure(tasks: Sequence[Panel]) -> Figure:
         axes.plot(others, [k] * len(others), "|", color=FAINT, markersize=9)
         kept = point.retention
         interval(axes, k, {key: _within(value, low, high) for key, value in asdict(kept).items()}, _look(point))
-        where = {"transform": axes.get_yaxis_transform(), "va": "center", "size": 8.5}
-        axes.text(1.01, k, f"{task}, {point.cost:.2f}×", **where)
+        where = {"transform": axes.get_yaxis_transform(), "va": "center", "size": 8}
+        axes.text(1.01, k, textwrap.fill(f"{task}, {point.cost:.2f}×", 26), **where)
     axes.set_xlabel("share of the gain that is kept on the worst task, which is named with its cost (0 plain, 1 full)")
     legend(figure, [*_legend(), Look(FAINT, marker="|").mark("the other tasks", linestyle="")])
     return figure

@@ -12,7 +12,7 @@ from gradreg.lab.tables import Table
 from gradreg.lab.words import BRACKETS, plus_minus, ranged, settings
 from gradreg.studies.frontier.figure import pareto_figure, worst_figure
 from gradreg.studies.frontier.figure import worst as worst_points
-from gradreg.studies.frontier.modes import FULL, PLAIN
+from gradreg.studies.frontier.modes import ARMS, FULL, PLAIN
 from gradreg.studies.frontier.summary import alike, judging, panels, price, worst
 from gradreg.studies.frontier.tune import CANDIDATES, CANDIDATES_OF_FULL, FINAL_SEEDS, FINALISTS, SEEDS
 
@@ -130,7 +130,8 @@ def notes(results: Row) -> list[str]:
     return [
         *quick * results["is_quick"],
         f"Retention: (mode − plain) / (full − plain) of test accuracy over {len(seeds)} paired seeds, {seeds[0]} to "
-        f"{seeds[-1]}, with its 95 % interval by bootstrap over seeds. full: F-GR in every step.",
+        f"{seeds[-1]}, with its 95 % interval by bootstrap over seeds. full: F-GR in every step. {ARMS['cheap']}: "
+        "`gradreg.cheap`.",
         "cost: time of a run over that of plain training, measured in the real engine on a small vision transformer, "
         "where a step is mostly arithmetic; `in a stack` and `engine` are of the task's own small model, in the "
         "batched engine and in the real one, where a step is mostly Python. What only stacks do has its cost there.",
