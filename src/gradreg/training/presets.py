@@ -115,10 +115,11 @@ def cheap(
     training it keeps 0.99 [0.72, 1.24] and 0.87 [0.68, 1.19] on real images (ResNets of ReLU and of SiLU, 1,000 rows,
     5 paired seeds), and 0.59 [0.50, 0.68], 0.90 [0.77, 1.02] and 0.91 [0.76, 1.07] on three small tasks (MLPs, noisy
     labels, 16 seeds), all by SGD: where it keeps least, more than any other mode below 1.5 times (docs/frontier.md).
-    On a vision transformer by AdamW, where F-GR in every step shows no gain, neither does this (docs/images.md).
+    On vision transformers by AdamW, where F-GR in every step shows no gain, neither does this (docs/images.md).
 
-    It costs 1.08 times plain training on a small vision transformer, and 1.25 to 1.27 times on a ResNet of 8 channels
-    in batches of 50 (two CPU cores), since a pass over few rows is dearer than its share.
+    It costs 1.08 to 1.13 times plain training on small vision transformers and 1.17 times on a ResNet of 8 channels, in
+    batches of 64 and 128, and 1.23 to 1.28 times in batches of 50 (two CPU cores): a pass over few rows is dearer than
+    its share. On a GPU it has not been timed yet.
 
     Call `backward(loss_fn, batches=[batch])`, with `loss_fn(batch)` a mean over rows, which are in random order.
 
