@@ -11,7 +11,7 @@ from typing import Any
 
 from gradreg.lab.comparison.arms import Arm, center_of
 from gradreg.lab.comparison.plan import Plan, Taken
-from gradreg.lab.folder import BadInput
+from gradreg.lab.folder import BadInput, Hopeless
 from gradreg.lab.metric import Metric
 from gradreg.lab.runs import Job, Result
 from gradreg.lab.search import Climb, Point, Scores, replayed, rounded
@@ -206,7 +206,7 @@ class ComparisonSchedule(Schedule):
         arm = self.arms[what["arm"]]
         if strange := {*what["point"]} - {*center_of(self.base), *arm.settings[0]}:
             own = ", ".join(sorted(strange))
-            raise BadInput(f"{arm.name} of an earlier version, with {own}, does not go on in this one: begin anew.")
+            raise Hopeless(f"{arm.name} of an earlier version, with {own}, does not go on in this one: begin anew.")
         epochs = what.get("epochs") or self.base.epochs
         config = arm.config(replace(self.base, epochs=epochs), what["point"], what["seed"])
         return Job(config, what["scored_on"], self.plan.num_records if what["scored_on"] == TEST else 0)
