@@ -148,6 +148,7 @@ CHEAP = {
     "bernoulli": lambda problem, optimizer: gradreg.GradientRegularizer(
         problem.model, gradreg.bernoulli(0.1, 0.5), RHO
     ),
+    "cheap": lambda problem, optimizer: gradreg.cheap(problem.model, 0.1, RHO, period=2),
 }
 
 each_mode = pytest.mark.parametrize("mode", CHEAP)

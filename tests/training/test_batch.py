@@ -42,18 +42,48 @@ def test_cheap_is_a_quarter_of_the_batch_in_every_fourth_step():
             moved = problem.gradient(part, displaced_by=scaled(g, RHO))
             expected = [whole + 0.3 / RHO * (b - a) for whole, a, b in zip(expected, g, moved)]
         problem.model.zero_grad()
+        before = problem.forwards
         regularizer.backward(problem.loss, [problem.batch])
-        assert_close(problem.gradients, expected, rtol=1e-9, atol=1e-12)
+        if step % 4 == 3:
+            assert_close(problem.gradients, expected, rtol=1e-9, atol=1e-12)
+        else:
+            assert_same(problem.gradients, expected)
+        passes = 3 if step % 4 == 3 else 1  # the quarter, the same displaced, and the rest
+        assert problem.forwards - before == passes + (step == 3), "and the check of the first penalty"
         optimizer.step()
 
 
-def test_cheap_follows_a_ratio_where_no_number_is_given():
+def test_cheap_follows_a_ratio():
     problem = Problem()
     optimizer = sgd(problem, lr=0.01, momentum=0)
     regularizer = gradreg.cheap(problem.model, gradreg.TargetRatio(0.2, ramp=0), epsilon=0.5)
     problem.train(regularizer, optimizer, steps=120)
     assert float(regularizer.diagnostics()["penalty_ratio"]) == pytest.approx(0.2, rel=0.2)
     assert gradreg.cheap(problem.model).gamma == gradreg.every(gradreg.TargetRatio(0.2), 4)
+
+
+@pytest.mark.parametrize("stop", [3, 4, 13])
+def test_cheap_without_a_number_resumes_bit_for_bit(stop):
+    """Also between a measurement and the step that reads it."""
+
+    def start():
+        problem = dropping()
+        return problem, sgd(problem), gradreg.cheap(problem.model)
+
+    torch.manual_seed(3)
+    problem, optimizer, regularizer = start()
+    problem.train(regularizer, optimizer, steps=stop)
+    states = copy.deepcopy([thing.state_dict() for thing in (problem.model, optimizer, regularizer)])
+    rng = torch.get_rng_state()
+    problem.train(regularizer, optimizer, steps=20)
+
+    resumed, *things = start()
+    for thing, state in zip((resumed.model, *things), states):
+        thing.load_state_dict(state)
+    torch.set_rng_state(rng)
+    resumed.train(things[1], things[0], steps=20)
+    assert_same(resumed.model.state_dict(), problem.model.state_dict())
+    assert str(things[1].state_dict()) == str(regularizer.state_dict())
 
 
 def test_fraction_of_a_window_cuts_through_micro_batches():

@@ -26,6 +26,9 @@ STEPS = ("period", "start", "probability")
 PASSES = ("fraction", "lookahead", "threshold", *STEPS)
 """All fields that make a penalty cheaper or move it."""
 
+CHEAP = {"fraction": 0.25, "period": 4}
+"""What makes F-GR `gradreg.cheap`."""
+
 
 @dataclass(frozen=True)
 class Method:

@@ -114,7 +114,7 @@ def cheap(
     1 + 1/16 passes, one extra copy of the parameters, any optimizer. Of what F-GR in every step gains over tuned plain
     training it keeps 0.99 [0.72, 1.24] and 0.87 [0.68, 1.19] on real images (ResNets of ReLU and of SiLU, 1,000 rows,
     5 paired seeds), and 0.59 [0.50, 0.68], 0.90 [0.77, 1.02] and 0.91 [0.76, 1.07] on three small tasks (MLPs, noisy
-    labels, 16 seeds), all by SGD: where it keeps least, more than any other mode below 1.5 times (docs/frontier.md).
+    labels, 16 seeds), all by SGD: where it keeps least, more than any other of at most 1.5 times (docs/frontier.md).
     On vision transformers by AdamW, where F-GR in every step shows no gain, neither does this (docs/images.md).
 
     It costs 1.08 to 1.13 times plain training on small vision transformers and 1.17 times on a ResNet of 8 channels, in

@@ -12,6 +12,7 @@ from typing import Any
 
 from gradreg.lab.config import BUILT_IN, FIELDS, RunConfig, checked
 from gradreg.lab.folder import BadInput
+from gradreg.lab.methods import CHEAP as OF_CHEAP
 from gradreg.lab.methods import METHODS
 from gradreg.lab.search import Climb, Point, beside, rounded, shrinking
 from gradreg.lab.words import SYMBOLS
@@ -135,7 +136,7 @@ def arm_of(name: str, by: str) -> Arm:
     if held:
         return _holding(arm_of(name, by), held)
     if name.lower() == CHEAP:
-        return Arm(CHEAP, "F-GR", _BY_RATIO if by == "ratio" else _BY_GAMMA, {"fraction": 0.25, "period": 4})
+        return replace(arm_of("F-GR", by), name=CHEAP, fixed=OF_CHEAP)
     if name.lower() == AHEAD:
         settings = _grid(**{by: (0.03, 0.1)}, epsilon=(0.5,), lookahead=(0.03, 0.3))
         return Arm(AHEAD, "F-GR", settings, {"fraction": 0.1, "period": 3})

@@ -18,6 +18,7 @@ from gradreg.lab.config import RunConfig
 from gradreg.lab.cost import steps as costs
 from gradreg.lab.cost.measure import COMPARED
 from gradreg.lab.folder import BadInput, write_json
+from gradreg.lab.methods import CHEAP
 from gradreg.lab.page import Block, Items, Page, made, plain, publish, tell
 from gradreg.lab.progress import progress_bar
 from gradreg.lab.rows import count
@@ -27,7 +28,7 @@ from gradreg.lab.words import ranged
 
 METHODS = {
     **COMPARED,
-    "cheap": {"method": "F-GR", "fraction": 0.25, "period": 4, "gamma": 0.05, "epsilon": 0.1},
+    "cheap": {"method": "F-GR", **COMPARED["F-GR"], **CHEAP},
     "Split": {"ascent": "momentum", "gamma": 0.05, "epsilon": 0.1},
 }
 SECONDS, MOST_ROUNDS, LEAST_ROUNDS = 40.0, 60, 6
