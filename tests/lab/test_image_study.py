@@ -30,6 +30,7 @@ from gradreg.studies.images.controls import control_rows, controls, line
 from gradreg.studies.images.page import judged, page
 from gradreg.studies.images.pieces import PIECES, Piece
 from gradreg.studies.images.summary import as_tasks, flatness_rows, piece_row, real_tasks
+from gradreg.studies.images.tables import flatness_counts, glance_table
 
 # Measures.
 
@@ -176,6 +177,43 @@ def test_an_arrow_says_on_which_side_of_sgd_a_measure_lies():
     assert [rows[name]["noise"]["side"] for name in ("SGD", "SAM", "DB")] == [0, 1, -1]
     assert rows["SAM"]["ece"]["side"] == 0
     assert rows["SAM"]["top"] == {"mean": 2.0, "side": 1}
+
+
+def test_the_first_table_has_each_task_once_and_says_what_is_beyond_chance():
+    found = results_of(**{"SGD": [0.80, 0.70], "F-GR": [0.82, 0.72], "DB": [0.9, 0.9], "cheap": [0.7, 0.75]})
+    for row, low, high in zip(found["arms"][1:], (0.01, 0.1, -0.1), (0.03, 0.3, 0.2)):
+        row |= {
+            "difference": {"mean": 0.02, "low": low, "high": high},
+            "cost": {"median": 2.0, "low": 1.9, "high": 2.1},
+        }
+        row |= {"verdict": stats.BETTER if low > 0 else stats.UNDECIDED}
+    one, again = (piece_row(PIECES[name], found) for name in ("resnet-14-noisy", "resnet-14-scale"))
+    other = {**again, "plan": {**again["plan"], "base": {"data": "else"}}}
+    other["arms"] = [{**arm, "cost": {"median": 2.5}, "difference": None} for arm in other["arms"]]
+    first, second, costs = glance_table([one, again, other]).rows
+    assert first[2:] == ("+2.0 (+1.0 to +3.0)↑", "–", "+2.0 (−10.0 to +20.0)", "–")
+    assert second[2:] == ("–",) * 4
+    assert costs[2:] == ("2.00 to 2.50", "–", "2.00 to 2.50", "–")
+
+
+def test_measures_are_counted_where_the_learning_rate_is_that_of_sgd():
+    def row(name, side):
+        return {"name": name, "models": 2, "measures": {"noise": {"mean": 0.5, "side": side}}}
+
+    def piece(rate, *sides):
+        arms = [arm("SGD", []), arm("SAM", []), arm("SGD, twice as long", [], is_opponent=True)]
+        for k, found in enumerate(arms):
+            found |= {"learning_rate": rate if k else 0.1, "weight_decay": 0.0}
+        return {"arms": arms, "flatness": [row(found["name"], side) for found, side in zip(arms, sides)]}
+
+    pieces = [piece(0.1, 0, 1, -1), piece(0.1, 0, 1, 0), piece(0.1, 0, -1, 0), piece(0.3, 0, -1, -1)]
+    pieces[0]["flatness"].append(row("SGD, lr 0.3, wd 0", 1))
+    found = flatness_counts(pieces)
+    column = found.headings.index(flatness.MEASURES["noise"])
+    assert [(line[0], line[1], line[column]) for line in found.rows] == [
+        ("SAM", "3", "2↑ 1↓"),
+        ("SGD, twice as long", "4", "2↓"),
+    ]
 
 
 # The plan.

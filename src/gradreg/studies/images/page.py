@@ -1,4 +1,4 @@
-"""What the study looks like to a reader: on the terminal, and as a page. Functions of results.json."""
+"""What the study looks like to a reader: on the terminal, and as a page."""
 
 from __future__ import annotations
 
@@ -8,18 +8,27 @@ from typing import Any
 from gradreg.lab.comparison.report import chosen_table, table
 from gradreg.lab.comparison.result import taken
 from gradreg.lab.comparison.run import duration
-from gradreg.lab.metric import ACCURACY
 from gradreg.lab.page import Block, Code, Figure, Heading, Items, Page, made, plain
-from gradreg.lab.tables import Table
-from gradreg.lab.words import BRACKETS, gap, listed, number, percent, plural, points, ranged
+from gradreg.lab.words import listed, plural, points
 from gradreg.studies.claims.claim import FAILS, HOLDS, UNDECIDED
 from gradreg.studies.frontier.figure import pareto_figure
 from gradreg.studies.frontier.page import reached
 from gradreg.studies.frontier.summary import goals, panels
 from gradreg.studies.images.figures import gains_figure
-from gradreg.studies.images.flatness import MEASURES, SHARES
 from gradreg.studies.images.pieces import PIECES
-from gradreg.studies.images.summary import as_tasks
+from gradreg.studies.images.summary import CLAIMS, as_tasks
+from gradreg.studies.images.tables import (
+    about,
+    as_comparison,
+    claims_table,
+    controls_table,
+    flatness_counts,
+    flatness_table,
+    glance_table,
+    is_earlier,
+    kept_table,
+    named,
+)
 
 Row = Mapping[str, Any]
 
@@ -29,7 +38,7 @@ def told(results: Row) -> list[Block]:
     pieces = results["pieces"]
     return [
         completeness(results),
-        *(block for piece in pieces for block in (table(_as_comparison(piece)), piece["verdict"])),
+        *(block for piece in pieces for block in (table(as_comparison(piece)), piece["verdict"])),
         claims_table(results),
         *([kept_table(results)] if any(piece["kept"] for piece in pieces) else []),
         *(flatness_table(piece) for piece in pieces if piece["flatness"]),
@@ -39,112 +48,24 @@ def told(results: Row) -> list[Block]:
 
 def completeness(results: Row) -> str:
     """What is there, and what is missing."""
-    here, missing = [piece["name"] for piece in results["pieces"] if not _is_earlier(piece)], results["missing"]
+    here, missing = [piece for piece in results["pieces"] if not is_earlier(piece)], results["missing"]
     quick = "A quick look at tiny sizes, which says nothing about the methods. " * results["is_quick"]
-    lacking = [f"{piece['name']} ({listed(piece['lacks'])})" for piece in results["pieces"] if _lacks(piece)]
+    lacking = [f"{piece['name']} ({listed(piece['lacks'])})" for piece in here if piece.get("lacks")]
     arms = f" Arms not yet played: {listed(lacking)}." if lacking else ""
     if not missing:
         return f"{quick}All {len(here)} pieces are here.{arms}"
-    by_plan = " by the plan of this version" * any(map(_is_earlier, results["pieces"]))
+    by_plan = " by the plan of this version" * any(map(is_earlier, results["pieces"]))
     return (
         f"{quick}{len(here)} of {len(here) + len(missing)} pieces are here{by_plan}; not yet played: {listed(missing)} "
         f"(`gradreg images --resume FOLDER` goes on).{arms}"
     )
 
 
-def _is_earlier(piece: Row) -> bool:
-    return piece.get("is_earlier", False)
-
-
-def _lacks(piece: Row) -> bool:
-    return bool(piece.get("lacks")) and not _is_earlier(piece)
-
-
-def _name(piece: Row) -> str:
-    return piece["name"] + DAGGER * _is_earlier(piece)
-
-
-def _about(piece: Row) -> str:
-    return piece["about"] + DAGGER * _is_earlier(piece)
-
-
-def _as_comparison(piece: Row) -> Row:
-    return {"metric": ACCURACY.as_row(), "task": _about(piece), "arms": piece["arms"]}
-
-
-def claims_table(results: Row) -> Table:
-    rows = [
-        (
-            _name(piece),
-            claim["key"],
-            f"{claim['first']} − {claim['second']}",
-            points(claim["difference"]),
-            claim["verdict"],
-        )
-        for piece in results["pieces"]
-        for claim in piece["claims"]
-    ]
-    return Table("The claims", ("piece", "claim", "measured", "points, 95 % interval", "verdict"), rows)
-
-
-def kept_table(results: Row) -> Table:
-    """Retention over measured time, where there is something to retain."""
-    rows = [
-        (_name(piece), row["name"], ranged(row["cost"], 2), ranged(row["retention"], 2, "", BRACKETS))
-        for piece in results["pieces"]
-        for row in piece["kept"]
-    ]
-    return Table("Kept of what F-GR gains", ("piece", "arm", "cost", "share, 95 % interval"), rows)
-
-
-def controls_table(results: Row) -> Table:
-    """Plain training where other arms have come to."""
-    rows = [
-        (
-            _name(piece),
-            row["name"],
-            f"{row['learning_rate']:g}, {row['weight_decay']:g}",
-            gap(next(arm for arm in piece["arms"] if arm["name"] == row["name"])["difference"], ACCURACY),
-            percent(row["test"]),
-            _gap(row["difference"]),
-        )
-        for piece in results["pieces"]
-        for row in piece.get("controls", [])
-    ]
-    headings = ("piece", "arm", "its lr, wd", "minus SGD as tuned", "SGD there, %", "minus SGD there")
-    return Table("", headings, rows)
-
-
-def _gap(difference: Row | None) -> str:
-    """Alone where the single seeds are lost."""
-    if difference is None or difference["low"] is not None:
-        return gap(difference, ACCURACY)
-    return number(100 * difference["mean"], 1, "+")
-
-
-def flatness_table(piece: Row) -> Table:
-    arrows = {-1: "↓", 0: "", 1: "↑"}
-
-    def cell(name: str, found: Row) -> str:
-        if found["mean"] is None:
-            return "–"
-        mean = found["mean"]
-        value = number(100 * mean) if name in SHARES else f"{mean:.3g}" if abs(mean) < 1000 else f"{mean:,.0f}"
-        return value.replace("-", "−") + arrows[found["side"]]
-
-    rows = [
-        (row["name"], *(cell(name, row["measures"].get(name, NOT_MEASURED)) for name in MEASURES))
-        for row in piece["flatness"]
-    ]
-    counts = listed([str(count) for count in sorted({row["models"] for row in piece["flatness"]})])
-    title = f"{_about(piece)}; means over {counts} models"
-    return Table(title, ("arm", *MEASURES.values()), rows)
-
-
 def notes() -> list[str]:
     """How to read the numbers."""
     return [
-        f"Verdicts of claims: `{HOLDS}` where the whole 95 % interval of the difference, paired by seed, lies above 0, "
+        " ".join(f"*{key}*: {says}" for key, says, *_ in CLAIMS)
+        + f" Verdicts: `{HOLDS}` where the whole 95 % interval of the difference, paired by seed, lies above 0, "
         f"`{FAILS}` where it lies below, else `{UNDECIDED}`. No correction for multiplicity: one interval in twenty "
         "misses by chance.",
         "Shares of the gain are given only where F-GR is better than SGD beyond noise; intervals by bootstrap over "
@@ -164,10 +85,9 @@ def notes() -> list[str]:
 def page(results: Row, record: str = "") -> Page:
     """`record`: the file beside it that has its numbers."""
     pieces = results["pieces"]
-    earlier = [_name(piece) for piece in pieces if _is_earlier(piece)]
-    verdicts = [f"**{plain(p['about'])}.** {plain(p['verdict'])}" for p in pieces if not _is_earlier(p)]
+    earlier = [named(piece) for piece in pieces if is_earlier(piece)]
     drawn = [
-        {**piece, "about": _about(piece)} for piece in pieces if any(row.get("difference") for row in piece["arms"])
+        {**piece, "about": about(piece)} for piece in pieces if any(row.get("difference") for row in piece["arms"])
     ]
     return Page(
         "Real images, real networks",
@@ -176,7 +96,7 @@ def page(results: Row, record: str = "") -> Page:
             INTRODUCTION,
             *([EARLIER.format(names=plain(listed(earlier)))] if earlier else []),
             judged(results),
-            *([Items(verdicts)] if verdicts else []),
+            *([GLANCE, glance_table(pieces)] if pieces else []),
             made(results),
             *([Figure("gains", gains_figure(drawn), GAINS)] if drawn else []),
             Heading("The claims"),
@@ -185,6 +105,7 @@ def page(results: Row, record: str = "") -> Page:
             *_controls(results),
             *_kept(results),
             Heading("What flatness buys besides accuracy"),
+            *_counted(pieces),
             *(flatness_table(piece) for piece in pieces if piece["flatness"]),
             Items(notes()[2:]),
             Heading("The pieces"),
@@ -198,7 +119,7 @@ def page(results: Row, record: str = "") -> Page:
 
 def judged(results: Row) -> str:
     """How many claims came out which way, and by name those that do not hold."""
-    found = [(claim, piece) for piece in results["pieces"] if not _is_earlier(piece) for claim in piece["claims"]]
+    found = [(claim, piece) for piece in results["pieces"] if not is_earlier(piece) for claim in piece["claims"]]
     words = {HOLDS: ("holds", "hold"), FAILS: ("fails", "fail"), UNDECIDED: ("is undecided", "are undecided")}
     count = {verdict: sum(claim["verdict"] == verdict for claim, _ in found) for verdict in words}
     counted = listed([f"{count[verdict]} {words[verdict][count[verdict] != 1]}" for verdict in words])
@@ -224,7 +145,7 @@ def _kept(results: Row) -> list[Block]:
             Heading("What cheaper modes keep"),
             "In no piece does F-GR gain beyond noise: there is nothing to keep.",
         ]
-    tasks = as_tasks([{**piece, "about": _about(piece)} for piece in results["pieces"]])
+    tasks = as_tasks([{**piece, "about": about(piece)} for piece in results["pieces"]])
     judging = [task for task in tasks if not task["is_earlier"]]
     return [
         Heading("What cheaper modes keep"),
@@ -233,6 +154,11 @@ def _kept(results: Row) -> list[Block]:
         kept_table(results),
         Items(notes()[1:2]),
     ]
+
+
+def _counted(pieces: Sequence[Row]) -> list[Block]:
+    table = flatness_counts([piece for piece in pieces if not is_earlier(piece)])
+    return [COUNTED, table] if table.rows else []
 
 
 def _section(piece: Row) -> list[Block]:
@@ -254,14 +180,15 @@ def _section(piece: Row) -> list[Block]:
         then = "each at the best of three learning rates" if plan.get("tries_rates") else "whose validation this is"
         searched.insert(0, f"{of} of `{source}`, {then}")
     return [
-        Heading(_about(piece), 3),
-        table(_as_comparison(piece)),
-        chosen_table(_as_comparison(piece)),
+        Heading(about(piece), 3),
+        *([] if is_earlier(piece) else [plain(piece["verdict"])]),
+        table(as_comparison(piece)),
+        chosen_table(as_comparison(piece)),
         f"`{piece['name']}`: {base['num_train']:,} training rows, batches of {base['batch_size']}, {base['epochs']} "
         f"epochs, {base['optimizer']}; {'; '.join(searched)}; {len(seeds)} test seeds. {piece['num_runs']} runs, "
         f"{duration(piece['seconds'])} of one core; {plain(piece['made']['date'][:10])}."
         + " † Of an earlier plan."
-        * _is_earlier(piece),
+        * is_earlier(piece),
     ]
 
 
@@ -275,8 +202,6 @@ def _record(pieces: Sequence[Row], record: str) -> str:
     )
 
 
-DAGGER = " †"
-NOT_MEASURED = {"mean": None, "side": 0}
 EARLIER = (
     "**Read this first.** {names} were played by an earlier plan, which tuned plain training too little: nine "
     "candidates, for a third of the epochs, and its search could end while it still found better ones; at 28×28 "
@@ -292,6 +217,15 @@ CONTROLS = (
 KEPT = (
     "The share of F-GR's gain that each arm keeps, over what it costs on the very network, with 95 % intervals. Plain "
     "training is at (1, 0); what lies on the line is the most that can be kept at that cost."
+)
+GLANCE = (
+    "In one look: the accuracy of tuned plain training on test rows, and what others gain over it, in points with 95 % "
+    "intervals over paired seeds, ↑ or ↓ where that is beyond chance. `cheap` is `gradreg.cheap`. All arms are in the "
+    "figure below."
+)
+COUNTED = (
+    "In how many pieces a measure lies beyond chance above ↑ or below ↓ that of SGD. A piece counts where the arm has "
+    "SGD's own learning rate and weight decay, since these alone move every measure. An empty cell: in none."
 )
 GAINS = (
     "What each arm gains over plain training, mean and 95 % interval of the paired differences on 10,000 test rows. "
