@@ -274,7 +274,7 @@ def test_the_page_has_every_number_its_figures_and_no_markup_from_outside(task):
     assert "(figures/pareto.svg)" in text
     assert "beyond noise" in text
     assert "0.50 ± 0.10" in text
-    assert "above the full method, by its interval on each of these: MSAM." in text
+    assert "above the full method, by its interval on each judged task. Reached by: MSAM." in text
     assert "<script" not in text
     assert "\n# h" not in text
 
@@ -318,11 +318,11 @@ def test_real_tasks_judge_what_was_played_on_all(results, tmp_path):
     assert "| every 4th | 1.25 | 0.40 \\[0.20, 0.60\\] at 1.27 | 0.50 \\[0.50, 0.50\\] |" in text
     assert "| MSAM | 1.00 |  | 1.01 " in text  # not judged, and below what is, but shown
     assert text.index("| every 4th") < text.index("| MSAM")
-    assert "1.10×, above 0.9 of the gain, by its interval on each of these: none.\n" in text
+    assert "1.10×, above 0.9 of the gain, by its interval on each judged task. Reached by: none.\n" in text
     assert page.SMALL not in text
     alone = markdown(page.page(run.show(results, tmp_path, None, [])))
     assert page.SMALL in alone
-    assert "1.10×, above 0.9 of the gain, by its interval on each of these: MSAM.\n" in alone
+    assert "1.10×, above 0.9 of the gain, by its interval on each judged task. Reached by: MSAM.\n" in alone
 
 
 def test_a_mode_that_fails_on_real_images_is_named_on_top(results, tmp_path):

@@ -100,7 +100,16 @@ def test_a_run_that_diverged_has_no_curvature():
 
 def arm(name, scores, **more):
     differs = {"verdict": "better"} if name == "F-GR" else {}
-    return {"name": name, "method": name, "scores": scores, "is_opponent": False, "cost": None, **differs, **more}
+    return {
+        "name": name,
+        "about": name,
+        "method": name,
+        "scores": scores,
+        "is_opponent": False,
+        "cost": None,
+        **differs,
+        **more,
+    }
 
 
 def results_of(**scores):
@@ -404,7 +413,7 @@ def test_what_was_searched_for_otherwise_stays_apart(clothes, monkeypatch):
     text = (clothes / "images.md").read_text(encoding="utf-8")
     assert "1 of 2 pieces are here by the plan of this version; not yet played: resnet-14-noisy" in text
     assert "**Read this first.** resnet-14-noisy † were played by an earlier plan" in text
-    assert "Of 1 reading of the claims 0 hold, 0 fail and 1 is undecided." in text
+    assert "Of 1 reading of the claims 0 hold, 0 fail and 1 is undecided: *gain* holds in 0 of 1.\n" in text
     assert "### resnet-14-noisy †" in text
     assert main([*words, "resnet-14-noisy", "--out", "c"]) == 0
     assert "†" not in (clothes / "images.md").read_text(encoding="utf-8")
@@ -675,6 +684,24 @@ def test_claims_that_do_not_hold_are_named():
     assert "1 holds, 1 fails and 0 are undecided" in said
     assert "**Does not hold here:** b2 on resnet (F-GR − B-GR −0.4 (−0.7 to −0.1))" in said
     assert "Does not hold" not in judged({"pieces": [{"name": "resnet", "claims": [claim("b1", "holds")]}]})
+    assert judged({"pieces": []}) == "No claim has been judged yet."
+
+
+def test_where_training_for_longer_harms_is_said():
+    def piece(verdict, longer):
+        claims = [{"key": "equal time", "first": "F-GR", "second": "SGD", "verdict": verdict, "difference": DIFFERENCE}]
+        return {
+            "name": "vit",
+            "claims": claims,
+            "arms": [arm("SGD, twice as long", [], is_opponent=True, verdict=longer)],
+        }
+
+    pieces = [piece(HOLDS, stats.WORSE), piece(HOLDS, stats.UNDECIDED), piece(UNDECIDED, stats.WORSE)]
+    said = judged({"pieces": pieces})
+    assert (
+        "*equal time* holds in 2 of 3. In 1 of the 2 at equal time training for twice as long is itself worse" in said
+    )
+    assert "itself worse" not in judged({"pieces": pieces[1:]})
 
 
 DIFFERENCE = {"mean": -0.004, "low": -0.007, "high": -0.001}

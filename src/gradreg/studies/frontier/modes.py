@@ -91,7 +91,7 @@ MODES: dict[str, Mode] = {
         Mode("every 10th", "F-GR in every tenth step", _NOW_AND_THEN, fixed={"period": 10}),
         Mode(
             "every 4th, carried",
-            "the same, its penalty used again between",
+            "F-GR in every fourth step, its penalty used again between",
             _TWO_PASSES,
             fixed={"period": 4},
             carries=True,
@@ -108,21 +108,25 @@ MODES: dict[str, Mode] = {
         _mode("Fraction(1/4)", "penalty on a quarter of the batch", _fraction(0.25, (0.1, 0.25, 0.6))),
         _mode("Fraction(1/10)", "penalty on a tenth of the batch", _fraction(0.1, (0.03, 0.08, 0.2))),
         _mode("Fraction(1/20)", "penalty on a twentieth of the batch", _fraction(0.05, (0.02, 0.05, 0.12))),
-        _mode("Fraction(1/4), every 4th", "both", _fraction(0.25, (0.3, 0.8, 2.0), period=4)),
+        _mode(
+            "Fraction(1/4), every 4th",
+            "penalty on a quarter of the batch, in every fourth step: gradreg.cheap",
+            _fraction(0.25, (0.3, 0.8, 2.0), period=4),
+        ),
         # One pass.
         Mode("MSAM", "one pass, ahead along the momentum", _RADII, "MSAM"),
         Mode("Previous", "one pass, up the previous gradient", _RADII, "Previous"),
         Mode("Previous-down", "one pass, down the previous gradient", _RADII, "Previous-down"),
         Mode(
             "Split, momentum",
-            "half of the batch ahead along the momentum",
+            "half of the batch, or another share γ/ε, ahead along the momentum",
             tuple({"gamma": r / 2, "epsilon": r} for r in (0.5, 1.0, 2.0, 3.0, 4.5, 6.5)),
             "Split",
             {"ascent": "momentum"},
         ),
         Mode(
             "Split, gradient",
-            "half of the batch displaced along the gradient of the other",
+            "half of the batch, or another share γ/ε, displaced along the gradient of the rest",
             tuple({"gamma": r / 2, "epsilon": r} for r in (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)),
             "Split",
         ),
@@ -132,7 +136,11 @@ MODES: dict[str, Mode] = {
             "a penalty on a tenth of the batch, all of it ahead",
             (_AHEAD, {"fraction": 0.1, "epsilon": 0.5}),
         ),
-        _mode("Ahead + Fraction(1/20)", "the same with a twentieth", (_AHEAD, {"fraction": 0.05, "epsilon": 0.5})),
+        _mode(
+            "Ahead + Fraction(1/20)",
+            "a penalty on a twentieth of the batch, all of it ahead",
+            (_AHEAD, {"fraction": 0.05, "epsilon": 0.5}),
+        ),
         _mode(
             "Ahead + Fraction(1/4), every 4th",
             "all of it ahead, and a penalty on a quarter of the batch in every fourth step",
@@ -145,7 +153,7 @@ MODES: dict[str, Mode] = {
         ),
         _mode(
             "Ahead + Fraction(1/10), every 3rd",
-            "the same with a tenth in every third step",
+            "all of it ahead, and a penalty on a tenth of the batch in every third step",
             (_AHEAD, {"fraction": 0.1, "epsilon": 0.5, "period": 3}),
         ),
         # Opponents at equal time.

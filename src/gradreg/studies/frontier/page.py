@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from gradreg.lab.comparison.arms import BASELINE
 from gradreg.lab.page import Block, Code, Figure, Heading, Items, Page, made
 from gradreg.lab.stats import BETTER
 from gradreg.lab.tables import Table
 from gradreg.lab.words import BRACKETS, plus_minus, ranged, settings
 from gradreg.studies.frontier.figure import pareto_figure, worst_figure
 from gradreg.studies.frontier.figure import worst as worst_points
-from gradreg.studies.frontier.modes import ARMS, FULL, PLAIN
+from gradreg.studies.frontier.modes import ARMS, FULL, MODES, PLAIN
 from gradreg.studies.frontier.summary import alike, judging, panels, price, worst
 from gradreg.studies.frontier.tune import CANDIDATES, CANDIDATES_OF_FULL, FINAL_SEEDS, FINALISTS, SEEDS
 
@@ -68,6 +69,14 @@ def detail(task: Row) -> Table:
     return Table(f"{task['name']}: {task['about']}", headings, rows)
 
 
+def modes_table(results: Row) -> Table:
+    """What each mode is, and what it is called where `gradreg images` has it."""
+    elsewhere = {PLAIN.name: BASELINE, FULL.name: FULL.method} | {mode: arm for arm, mode in ARMS.items()}
+    names = [name for name in MODES if any(row["name"] == name for task in results["tasks"] for row in task["modes"])]
+    rows = [(name, MODES[name].about, elsewhere.get(name, "")) for name in names]
+    return Table("", ("mode", "what it is", "on real images"), rows)
+
+
 COSTS = {"cost": "larger", "in a stack": "batched", "engine": "engine"}
 
 
@@ -119,7 +128,7 @@ def reached(goals: Sequence[Row]) -> list[str]:
     for goal in goals:
         names = "; ".join(goal["reached"]) or "none"
         nearly = f" In the mean only: {'; '.join(goal['nearly'])}." if goal["nearly"] else ""
-        lines.append(f"{goal['goal'][0].upper()}{goal['goal'][1:]}, by its interval on each of these: {names}.{nearly}")
+        lines.append(f"Goal: {goal['goal']}, by its interval on each judged task. Reached by: {names}.{nearly}")
     return lines
 
 
@@ -130,11 +139,11 @@ def notes(results: Row) -> list[str]:
     return [
         *quick * results["is_quick"],
         f"Retention: (mode − plain) / (full − plain) of test accuracy over {len(seeds)} paired seeds, {seeds[0]} to "
-        f"{seeds[-1]}, with its 95 % interval by bootstrap over seeds. full: F-GR in every step. {ARMS['cheap']}: "
-        "`gradreg.cheap`.",
+        f"{seeds[-1]}, with its 95 % interval by bootstrap over seeds; ± is half of a 95 % interval.",
         "cost: time of a run over that of plain training, measured in the real engine on a small vision transformer, "
         "where a step is mostly arithmetic; `in a stack` and `engine` are of the task's own small model, in the "
-        "batched engine and in the real one, where a step is mostly Python. What only stacks do has its cost there.",
+        "batched engine and in the real one, where a step is mostly Python. What only the "
+        "batched engine can do has its cost from there.",
         f"Tuned alike: for every mode {CANDIDATES} candidates of learning rate, weight decay and its own numbers on "
         f"{SEEDS} seeds, the best {FINALISTS} again on {FINAL_SEEDS}, by validation accuracy; no seed of the study, no "
         f"test row. The full method, to which all are held, had {CANDIDATES_OF_FULL}: a reference that is tuned too "
@@ -177,6 +186,8 @@ def page(results: Row) -> Page:
             *(Figure(name, draw(tasks), caption) for name, draw, tasks, caption in figures if tasks),
             Heading("How to read it"),
             Items(notes(results)),
+            Heading("The modes"),
+            modes_table(results),
             Heading("Each task"),
             *(block for task in results["tasks"] for block in (Heading(task["name"], 3), _on_page(task))),
             Heading("Why"),
@@ -210,7 +221,7 @@ INTRODUCTION = (
 EARLIER = "Played by an earlier plan, whose plain training was [tuned too little](images.md): not to be built on."
 SMALL = "**These tasks are small, and the order does not travel**: [real images and networks](images.md) have another."
 REAL = (
-    "In bold: real images and networks, [measured by `gradreg images`](images.md) with its own tuning, 5 paired seeds "
+    "In bold: [real images and networks](images.md), measured by `gradreg images` with its own tuning, 5 paired seeds "
     "and the cost on that very network, which stands beside each share. A goal is held against the modes that were "
     "played on every task."
 )
@@ -228,7 +239,7 @@ AFTERWORD: tuple[Block, ...] = (
             "The tasks are small, and chosen because full gradient regularization helps there: label noise, few rows, "
             "few steps. On tasks where it does not, there is nothing to retain.",
             "The cost of a fraction of the batch is that of arithmetic. Where a step is mostly overhead, as in these "
-            "small models, a small pass costs nearly as much as a large one: see the last columns.",
+            "small models, a small pass costs nearly as much as a large one: see `in a stack` and `engine`.",
             "Times of a step mean something on a quiet machine only; everything else depends on the seeds.",
             "Interrupted, the command keeps each finished run as a line of `runs.jsonl`.",
         ]

@@ -173,7 +173,9 @@ NOTES = (
     "each way stands the SGD step of the same way, in milliseconds.",
     "Comparisons train in bf16 with channels last, but for the MLP; several processes share the device, so that the "
     "seconds of a run mean nothing, and costs are taken afterwards with nothing beside them.",
-    "The searches are short: few candidates, each for a part of the epochs. No correction for the number of intervals.",
+    "The searches are short: few candidates, each for a part of the epochs, which may choose too small a weight decay; "
+    "each arm has its own, and where it is not that of SGD, a difference of tenths may be the weight decay's.",
+    "No correction for the number of intervals.",
 )
 HOW: tuple[Block, ...] = (
     "It needs a Python with torch for the device and the packages of the extra `lab`, no installation of gradreg, and "

@@ -10,6 +10,7 @@ from gradreg.lab.metric import ACCURACY
 from gradreg.lab.stats import BETTER, WORSE
 from gradreg.lab.tables import Table
 from gradreg.lab.words import BRACKETS, gap, listed, number, percent, points, ranged
+from gradreg.studies.frontier.modes import ARMS, MODES
 from gradreg.studies.images.controls import RATES
 from gradreg.studies.images.flatness import MEASURES, SHARES
 
@@ -80,7 +81,7 @@ def claims_table(results: Row) -> Table:
         for claim in piece["claims"]
     ]
     return Table(
-        "Claims of the paper, judged here", ("piece", "claim", "measured", "points, 95 % interval", "verdict"), rows
+        "What is claimed, and what came out", ("piece", "claim", "measured", "points, 95 % interval", "verdict"), rows
     )
 
 
@@ -92,6 +93,13 @@ def kept_table(results: Row) -> Table:
         for row in piece["kept"]
     ]
     return Table("Kept of what F-GR gains", ("piece", "arm", "cost", "share, 95 % interval"), rows)
+
+
+def arms_table(pieces: Sequence[Row]) -> Table:
+    """What each arm is; of the frontier's modes in its words."""
+    arms = {arm["name"]: arm for piece in pieces for arm in piece["arms"]}
+    told = {name: MODES[ARMS[name]].about if name in ARMS else arm["about"] for name, arm in arms.items()}
+    return Table("", ("arm", "what it is"), [*told.items()])
 
 
 def controls_table(results: Row) -> Table:
