@@ -200,7 +200,7 @@ def test_the_first_table_has_each_task_once_and_says_what_is_beyond_chance():
     other = {**again, "plan": {**again["plan"], "base": {"data": "else"}}}
     other["arms"] = [{**arm, "cost": {"median": 2.5}, "difference": None} for arm in other["arms"]]
     first, second, costs = glance_table([one, again, other]).rows
-    assert first[2:] == ("+2.0 (+1.0 to +3.0)↑", "–", "+2.0 (−10.0 to +20.0)", "–")
+    assert first[2:] == ("+2.0↑ (+1.0 to +3.0)", "–", "+2.0 (−10.0 to +20.0)", "–")
     assert second[2:] == ("–",) * 4
     assert costs[2:] == ("2.00 to 2.50", "–", "2.00 to 2.50", "–")
 

@@ -65,7 +65,8 @@ def _span(values: Sequence[float]) -> str:
 
 def _marked(arm: Row) -> str:
     """Its gain over SGD, with an arrow where that is beyond noise."""
-    return gap(arm["difference"], ACCURACY) + {BETTER: ARROWS[1], WORSE: ARROWS[-1]}.get(arm["verdict"], "")
+    arrow = {BETTER: ARROWS[1], WORSE: ARROWS[-1]}.get(arm["verdict"], "")
+    return gap(arm["difference"], ACCURACY).replace(" (", f"{arrow} (")
 
 
 def claims_table(results: Row) -> Table:
