@@ -218,7 +218,7 @@ INTRODUCTION = (
     "what the command wrote. Which modes reach what a mode should reach on every task, and which keep most on their "
     "worst:"
 )
-EARLIER = "Played by an earlier plan, whose plain training was [tuned too little](images.md): not to be built on."
+EARLIER = "Played by an earlier plan of [the study](images.md), which searched otherwise: not to be built on."
 SMALL = "**These tasks are small, and the order does not travel**: [real images and networks](images.md) have another."
 REAL = (
     "In bold: [real images and networks](images.md), measured by `gradreg images` with its own tuning, 5 paired seeds "
