@@ -277,8 +277,9 @@ AFTERWORD: tuple[Block, ...] = (
             "5,000 validation rows and one seed of each finalist decide between close candidates, with their noise.",
             "At 28×28 pixels the ResNet has the settings that its arms came to at 14×14, but for the learning rate: "
             "what is best at full resolution may lie elsewhere.",
-            "Costs below two passes are of these small networks, where a pass over few rows is dearer than its share; "
-            "of batches of 1,000 two parts are faster on this machine than the whole, and `Split` than plain training.",
+            "Costs below two passes are of these small networks, where a pass over few rows is dearer than its share. "
+            "Below plain training's, as that of `Split` in batches of 1,000, a cost is one of single steps: runs took as "
+            "long as plain training's.",
         ]
     ),
     Heading("To measure it again"),
