@@ -278,8 +278,8 @@ AFTERWORD: tuple[Block, ...] = (
             "At 28×28 pixels the ResNet has the settings that its arms came to at 14×14, but for the learning rate: "
             "what is best at full resolution may lie elsewhere.",
             "Costs below two passes are of these small networks, where a pass over few rows is dearer than its share. "
-            "A cost below that of plain training, as of `Split` in batches of 1,000, is one of single steps: runs took as "
-            "long as plain training's.",
+            "A cost below that of plain training, as of `Split` in batches of 1,000, is one of single steps: runs took "
+            "as long as plain training's.",
         ]
     ),
     Heading("To measure it again"),
