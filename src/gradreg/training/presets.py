@@ -117,7 +117,7 @@ def cheap(
     labels, 16 seeds), all by SGD: where it keeps least, more than any other of at most 1.5 times (docs/frontier.md).
     On vision transformers by AdamW, where F-GR in every step shows no gain, neither does this (docs/images.md).
 
-    It costs 1.08 to 1.13 times plain training on small vision transformers and 1.17 times on a ResNet of 8 channels, in
+    It costs 1.08 to 1.14 times plain training on small vision transformers and 1.17 times on a ResNet of 8 channels, in
     batches of 64 and 128, and 1.23 to 1.28 times in batches of 50 (two CPU cores): a pass over few rows is dearer than
     its share. On a GPU it has not been timed yet.
 

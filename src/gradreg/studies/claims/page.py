@@ -110,8 +110,7 @@ INTRODUCTION = (
     "Karakida et al., [Understanding Gradient Regularization in Deep Learning](https://arxiv.org/abs/2210.02720) "
     "(ICML 2023), make five claims. Each is code in `gradreg.studies.claims`: what is measured, in which settings, and "
     "by which rule it is judged, all fixed before the measurement. This page is what the command wrote. Its tasks are "
-    "small: on [real images](images.md) F-GR is above DB and B-GR, as here, with 1,000 rows and a smooth ResNet; with "
-    "10,000 rows it is nowhere shown to be above B-GR, and above DB in one piece, by a tenth of a point."
+    "small; [real images](images.md) have verdicts of their own, and most of (b) is undecided there."
 )
 AFTERWORD: tuple[Block, ...] = (
     Heading("At the size of the paper"),

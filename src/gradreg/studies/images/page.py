@@ -268,7 +268,8 @@ AFTERWORD: tuple[Block, ...] = (
             "Five seeds: a difference that they do not show is `undecided`, not absent.",
             "The plan was mended twice after test rows had been read: plain training had been tuned too little, and "
             "then had places that the other arms did not see. Both mends were of the search alone.",
-            "The interval of a cost is that of the pairs in one run: between two runs the same arm moved by more.",
+            "A cost is that of single steps, timed with nothing beside them, and its interval that of the pairs of one "
+            "call: whole runs and another call may differ by more. The record has the seconds of each arm's runs.",
             "The networks are narrow (8 channels, 32 features), the ViT sees 28×28 pixels in patches of 7 a side (of 4 "
             "in vit-28-modes), the training part is 10,000 rows of 55,000, and the schedules are short: what two cores "
             "bear. On larger networks the order may change.",
@@ -277,9 +278,7 @@ AFTERWORD: tuple[Block, ...] = (
             "5,000 validation rows and one seed of each finalist decide between close candidates, with their noise.",
             "At 28×28 pixels the ResNet has the settings that its arms came to at 14×14, but for the learning rate: "
             "what is best at full resolution may lie elsewhere.",
-            "Costs below two passes are of these small networks, where a pass over few rows is dearer than its share. "
-            "A cost below that of plain training, as of `Split` in batches of 1,000, is one of single steps: runs took "
-            "as long as plain training's.",
+            "Costs below two passes are of these small networks, where a pass over few rows is dearer than its share.",
         ]
     ),
     Heading("To measure it again"),

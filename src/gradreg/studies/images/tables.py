@@ -146,8 +146,8 @@ def flatness_table(piece: Row) -> Table:
 
 
 def flatness_counts(pieces: Sequence[Row]) -> Table:
-    """In how many pieces a measure is beyond noise above or below SGD's, where the arm has SGD's rates of learning and
-    decay; of plain training for twice as long, wherever it is."""
+    """In how many pieces a measure is beyond noise above or below SGD's, at SGD's own learning rate and weight decay;
+    of plain training for twice as long in any piece."""
     counts: dict[str, list[Row]] = {}
     for piece in pieces:
         arms = {arm["name"]: arm for arm in piece["arms"]}
