@@ -110,7 +110,7 @@ INTRODUCTION = (
     "Karakida et al., [Understanding Gradient Regularization in Deep Learning](https://arxiv.org/abs/2210.02720) "
     "(ICML 2023), make five claims. Each is code in `gradreg.studies.claims`: what is measured, in which settings, and "
     "by which rule it is judged, all fixed before the measurement. This page is what the command wrote. Its tasks are "
-    "small; [real images](images.md) have verdicts of their own, and most of (b) is undecided there."
+    "small; [real images](images.md) have verdicts of their own."
 )
 AFTERWORD: tuple[Block, ...] = (
     Heading("At the size of the paper"),
